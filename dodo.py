@@ -1,0 +1,47 @@
+"""The tasks. `doit list` shows them; parameters are `recipe=NAME driver=VERSION`."""
+
+from katagpu import tasks
+
+DOIT_CONFIG = tasks.config()
+task_stages = tasks.stage_tasks
+task_setup = tasks.setup
+task_lock = tasks.lock
+task_why = tasks.why
+task_cache = tasks.cache
+task_test = tasks.test
+
+
+def task_build_kernel() -> tasks.Task:
+    return tasks.build("build_kernel", "the guest kernel: vmlinuz, vmlinux, config, System.map")
+
+
+def task_build_headers() -> tasks.Task:
+    return tasks.build("build_headers", "the kernel's linux-headers package")
+
+
+def task_build_rootfs() -> tasks.Task:
+    return tasks.build("build_rootfs", "the guest's root file system, merged and checked")
+
+
+def task_install_driver() -> tasks.Task:
+    return tasks.build("install_driver", "NVIDIA kernel modules and user space, as layers")
+
+
+def task_install_toolkit() -> tasks.Task:
+    return tasks.build("install_toolkit", "the NVIDIA Container Toolkit, as a layer")
+
+
+def task_build_initrd() -> tasks.Task:
+    return tasks.build("build_initrd", "the guest as an initrd, whatever the recipe's own format")
+
+
+def task_build_image() -> tasks.Task:
+    return tasks.build("build_image", "everything: kernel, headers, image, Kata drop-in, manifest")
+
+
+def task_lint() -> tasks.Task:
+    return tasks.program("ruff check", "mypy --strict katagpu", doc="ruff and mypy --strict")
+
+
+def task_fmt() -> tasks.Task:
+    return tasks.program("ruff check --fix-only", doc="let ruff mend what it can")

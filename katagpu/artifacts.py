@@ -1,0 +1,162 @@
+"""What a build leaves under `out/`: which outputs, under which names, restored from the store.
+
+Names are Kata's: the file carries its version, and a link without one is what configurations name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+from katagpu import log
+from katagpu.plan import Plan
+from katagpu.schema import ImageFormat, Recipe
+from katagpu.store import Output, writing
+
+STATE = ".restored.json"
+
+
+class Artifact(msgspec.Struct, frozen=True, kw_only=True):
+    """An output with its name in `out/`; `{release}` in it is the kernel's release."""
+
+    stage: str
+    output: str
+    name: str
+    link: str | None = None
+
+
+class Restored(msgspec.Struct, frozen=True, kw_only=True):
+    """A restored file as it was left: content, bytes, inode and time (ns)."""
+
+    identity: str
+    size: int
+    inode: int
+    mtime: int
+
+
+def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
+    """The artifacts of a public task."""
+    driver = recipe.driver.version or "no-driver"
+    base = f"kata-{recipe.name}-nvidia-gpu-{driver}"
+    kernel = (
+        Artifact(stage="kernel", output="vmlinuz", name="vmlinuz-{release}",
+                 link="vmlinuz-nvidia-gpu.container"),
+        Artifact(stage="kernel", output="vmlinux", name="vmlinux-{release}",
+                 link="vmlinux-nvidia-gpu.container"),
+        Artifact(stage="kernel", output="system_map", name="System.map-{release}"),
+        Artifact(stage="kernel_config", output="config", name="config-{release}"),
+    )
+    headers = (Artifact(stage="kernel", output="headers",
+                        name=f"linux-headers-{{release}}.{recipe.kernel.headers}"),)
+    report = (Artifact(stage="rootfs", output="report", name="checks.txt"),)
+    initrd = (Artifact(stage="initrd", output="image", name=f"{base}.initrd",
+                       link="kata-containers-nvidia-gpu-initrd.img"),)
+    image = (Artifact(stage="image", output="image", name=f"{base}.image",
+                      link="kata-containers-nvidia-gpu.img"),)
+    if recipe.image.format is ImageFormat.INITRD:
+        image = initrd
+    final = (Artifact(stage="image", output="sizes", name="sizes.json"),
+             Artifact(stage="kata_config", output="config", name="50-katagpu.toml"),
+             Artifact(stage="manifest", output="manifest", name="manifest.json"))
+    return {
+        "build_kernel": kernel, "build_headers": headers, "build_rootfs": report,
+        "install_driver": (), "install_toolkit": (), "build_initrd": (*kernel, *initrd),
+        "build_image": (*kernel, *headers, *report, *image, *final),
+    }[task]
+
+
+class Outcome:
+    """The directory of one guest's results."""
+
+    def __init__(self, directory: Path, plan: Plan) -> None:
+        self.directory = directory
+        self.plan = plan
+
+    def _state(self) -> dict[str, Restored]:
+        try:
+            return msgspec.json.decode((self.directory / STATE).read_bytes(),
+                                       type=dict[str, Restored])
+        except (OSError, msgspec.DecodeError):
+            return {}
+
+    def _wanted(self, artifacts: Sequence[Artifact]) -> dict[str, tuple[Artifact, Output]] | None:
+        """Name → artifact and output; None while a stage is not made."""
+        wanted = {}
+        for artifact in artifacts:
+            action = self.plan.action(artifact.stage)
+            kernel = self.plan.action("kernel")
+            if action is None or kernel is None:
+                return None
+            name = artifact.name.format(release=kernel.record["release"])
+            wanted[name] = (artifact, action.outputs[artifact.output])
+        return wanted
+
+    def _intact(self, name: str, output: Output, state: dict[str, Restored]) -> bool:
+        known = state.get(name)
+        if known is None or known.identity != output.identity:
+            return False
+        try:
+            found = (self.directory / name).stat(follow_symlinks=False)
+        except OSError:
+            return False
+        return (found.st_size, found.st_ino, found.st_mtime_ns) == (
+            known.size, known.inode, known.mtime)
+
+    def _linked(self, name: str, artifact: Artifact) -> bool:
+        if artifact.link is None:
+            return True
+        link = self.directory / artifact.link
+        return link.is_symlink() and str(link.readlink()) == name
+
+    def complete(self, artifacts: Sequence[Artifact]) -> bool:
+        """Are all artifacts there, as they were left? Reads no content."""
+        wanted = self._wanted(artifacts)
+        if wanted is None:
+            return False
+        state = self._state()
+        return all(self._intact(name, output, state) and self._linked(name, artifact)
+                   for name, (artifact, output) in wanted.items())
+
+    def restore(self, artifacts: Sequence[Artifact]) -> None:
+        """Put the artifacts there, from the store; what is intact stays.
+
+        Raises `CorruptBlob` when a blob is damaged; it is dropped then.
+        """
+        wanted = self._wanted(artifacts)
+        assert wanted is not None, "the stages were made before"
+        state = self._state()
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            stale = {name: item for name, item in wanted.items()
+                     if not self._intact(name, item[1], state)}
+            largest = sorted(stale.items(), key=lambda item: -item[1][1].size)
+            with ThreadPoolExecutor(max_workers=2) as pool:
+                for done in [pool.submit(self.plan.store.copy_out, output.blob,
+                                         self.directory / name)
+                             for name, (_artifact, output) in largest]:
+                    done.result()
+            for name, (artifact, output) in wanted.items():
+                if not self._linked(name, artifact) and artifact.link is not None:
+                    part = self.directory / f".{artifact.link}.part"
+                    part.unlink(missing_ok=True)
+                    part.symlink_to(name)
+                    part.replace(self.directory / artifact.link)
+                found = (self.directory / name).stat()
+                state[name] = Restored(identity=output.identity, size=found.st_size,
+                                       inode=found.st_ino, mtime=found.st_mtime_ns)
+            part = self.directory / f"{STATE}.part"
+            part.write_bytes(msgspec.json.encode(state))
+            part.replace(self.directory / STATE)
+
+    def announce(self, artifacts: Sequence[Artifact]) -> None:
+        """Say where each artifact is, and its size."""
+        wanted = self._wanted(artifacts) or {}
+        shown = os.path.relpath(self.directory)
+        log.say(f"in {shown}/")
+        for name, (artifact, output) in wanted.items():
+            link = f"  ({artifact.link})" if artifact.link else ""
+            log.say(f"  {log.size(output.size):>9}  {name}{link}")

@@ -1,0 +1,143 @@
+"""One run: the recipe, the lock, the store, the plan, and where results go."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from katagpu import guest, lock, log, recipe, request
+from katagpu.artifacts import Outcome
+from katagpu.errors import CorruptBlob, UserError
+from katagpu.plan import Plan
+from katagpu.schema import Recipe, ToolkitSource
+from katagpu.stages import final
+from katagpu.stages.api import Stage
+from katagpu.store import Store, default_root
+
+DEFAULT = "debian-trixie"
+PARAMETERS = ("recipe", "driver", "all", "ccache")
+
+
+class Context:
+    """What the tasks share. Nothing is loaded before it is asked for.
+
+    `values` are the parameters of the command line (`recipe=NAME`), `environment` the process's.
+    """
+
+    def __init__(self, root: Path, values: Mapping[str, str],
+                 environment: Mapping[str, str] = os.environ) -> None:
+        unknown = sorted(set(values) - set(PARAMETERS))
+        if unknown:
+            raise UserError(f"unknown parameter {unknown[0]}=; known: "
+                            f"{', '.join(f'{name}=' for name in PARAMETERS)}")
+        self.root = root
+        self.values = values
+        self.environment = environment
+        self.store = Store(default_root())
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def recipe(self) -> Recipe:
+        """The recipe of this run with its overrides."""
+        return recipe.load(self.values.get("recipe", DEFAULT), self.root,
+                           cache=self.store.root / "recipes", driver=self.values.get("driver"),
+                           extra_packages=self.environment.get("EXTRA_PKGS", "").split())
+
+    @functools.cached_property
+    def directory(self) -> Path:
+        """Where this guest's results go."""
+        return self.root / "out" / self.recipe.name / (self.recipe.driver.version or "no-driver")
+
+    @property
+    def lock_path(self) -> Path:
+        """The lock of this run: under out/, never a silent edit of a committed one."""
+        return self.directory / "lock.json"
+
+    def locked(self) -> lock.Lock | None:
+        """The lock, when it answers what the recipe asks for."""
+        found = lock.read(self.lock_path)
+        return found if found and found.request == request.identity(self.recipe) else None
+
+    def make_lock(self) -> None:
+        """Resolve the recipe now, and write the lock."""
+        self.store.prepare()
+        with (self.store.lock("resolve"),
+              log.step(f"lock: resolve {self.recipe.name}'s packages")):
+            found = lock.resolve(request.request(self.recipe), self.store.root / "apt")
+            lock.write(found, self.lock_path)
+        log.note(f"lock: {os.path.relpath(self.lock_path)}; ./doitw lock resolves anew")
+        self.__dict__.pop("plan", None)
+
+    def sketch(self) -> dict[str, Stage]:
+        """The stages without their packages: names and dependencies, before there is a lock."""
+        empty = lock.Lock(recipe=self.recipe.name, request="", groups={})
+        return guest.stages(self.recipe, self.locked() or empty, self.root)
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """The plan. Raises `UserError` when the lock is not made."""
+        found = self.locked()
+        if found is None:
+            raise UserError("this recipe is not resolved yet", hint="./doitw lock")
+        return Plan(guest.stages(self.recipe, found, self.root), self.store,
+                    self.directory / "logs", ccache=self.values.get("ccache", "1") != "0")
+
+    @functools.cached_property
+    def outcome(self) -> Outcome:
+        """The results' directory."""
+        return Outcome(self.directory, self.plan)
+
+    def ensure(self, stage: str) -> None:
+        """Make a stage, holding the store's lease."""
+        self.store.prepare()
+        with self.store.lease():
+            self.plan.ensure(stage)
+
+    def restore(self, task: str) -> None:
+        """Restore a task's artifacts; a damaged blob is made again."""
+        from katagpu import artifacts
+
+        wanted = artifacts.of(self.recipe, task)
+        try:
+            self.outcome.restore(wanted)
+        except CorruptBlob as damaged:
+            log.warn(f"{damaged}; it is made again")
+            self.plan.forget()
+            for artifact in wanted:
+                self.ensure(artifact.stage)
+            self.outcome.restore(wanted)
+
+    def finish(self, task: str) -> None:
+        """Write the build record of this run."""
+        log.record.write(self.directory / "build-record.json", task=task, recipe=self.recipe.name,
+                         driver=self.recipe.driver.version)
+
+    def explain(self, task: str, known: Mapping[str, Sequence[str]]) -> Iterator[str]:
+        """Hit or miss of every stage of a task, or of a stage by its own name."""
+        stages = known.get(task, (task,))
+        unknown = [stage for stage in stages if stage not in self.sketch()]
+        if unknown:
+            raise UserError(f"there is no task or stage {unknown[0]!r}",
+                            hint=f"known: {', '.join([*known, *self.sketch()])}")
+        said = set()
+        for stage in stages:
+            for line in self.plan.explain(stage):
+                if line not in said:
+                    said.add(line)
+                    yield line
+
+    def usage(self) -> None:
+        """How to use the guest with Kata, and what it lacks."""
+        shown = os.path.relpath(self.directory)
+        log.say("To use it with Kata Containers, on the host that runs them:")
+        log.say(f"  sudo cp -a {shown}/vmlinuz-* {shown}/vmlinux-* {shown}/kata-* "
+                f"{final.PLACE}/")
+        log.say(f"  and put {shown}/50-katagpu.toml where its first lines say")
+        if self.recipe.agent is None:
+            log.warn("no kata-agent in this image: it boots, but Kata cannot use it until the "
+                     "recipe's `agent:` names one (README, third step)")
+        if self.recipe.toolkit.source is ToolkitSource.NONE:
+            log.warn("toolkit: none: containers do not get the GPU by CDI in this guest")

@@ -1,0 +1,35 @@
+"""A recipe's stages, in an order in which every input comes before its reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from katagpu.lock import Lock
+from katagpu.schema import DriverSource, Recipe, ToolkitSource
+from katagpu.stages import driver, final, image, kernel, rootfs, roots, toolkit
+from katagpu.stages.api import Ref, Stage
+
+
+def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
+    """All stages of a guest by name; `root` is the repository."""
+    found = [roots.stage0(lock),
+             roots.root(lock, "toolchain", "build root of the guest's suite"),
+             kernel.source(recipe, lock), kernel.config(recipe, root),
+             kernel.kernel(recipe, lock, root),
+             roots.root(lock, "imagetools", "root with the image tools and Go"),
+             roots.root(lock, "base", "guest base", slim=True)]
+    chain = [Ref(stage="base", output="root")]
+    if recipe.toolkit.source is not ToolkitSource.NONE:
+        found += [toolkit.source(recipe), toolkit.toolkit(recipe)]
+        chain.append(Ref(stage="toolkit", output="layer"))
+    if recipe.rootfs.extra_packages:
+        found.append(roots.layer(lock, "build_layer", "EXTRA_PKGS on the build root",
+                                 [Ref(stage="toolchain", output="root")]))
+    if recipe.driver.source is not DriverSource.NONE:
+        found += [driver.modules(recipe, lock, root),
+                  roots.layer(lock, "driver_user", "NVIDIA user space", chain, slim=True)]
+    if recipe.agent is not None:
+        found.append(rootfs.agent_stage(recipe, root))
+    found += [rootfs.rootfs(recipe, root), image.image(recipe), image.initrd(recipe),
+              final.kata_config(recipe), final.manifest(recipe, lock)]
+    return {stage.name: stage for stage in found}

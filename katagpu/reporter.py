@@ -1,0 +1,43 @@
+"""What doit says: errors as a user reads them, and nothing about tasks that had nothing to do."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+from doit.reporter import ConsoleReporter
+
+from katagpu import log
+from katagpu.errors import KatagpuError
+
+
+class Reporter(ConsoleReporter):  # type: ignore[misc]  # doit has no type hints
+    """Steps report themselves; this one shows failures, without tracebacks for known errors."""
+
+    desc = "katagpu's own"
+
+    def execute_task(self, task: Any) -> None:
+        """Steps say when they start."""
+
+    def skip_uptodate(self, task: Any) -> None:
+        """One line for what was asked for and is there."""
+        if not task.name.startswith("_") and task.meta:
+            log.say(task.meta["ready"]())
+
+    def add_failure(self, task: Any, fail: Any) -> None:
+        """The error's own words; a traceback only where it is a fault of ours."""
+        if not fail.report:
+            return
+        cause = getattr(fail, "exception", None) or getattr(fail, "cause", None)
+        if isinstance(cause, KatagpuError):
+            log.error(f"{task.name.lstrip('_')}: {cause}")
+        elif isinstance(cause, BaseException):
+            log.error(f"{task.name}: a fault in katagpu, please report it")
+            log.say("".join(traceback.format_exception(cause)))
+        else:
+            log.error(f"{task.name.lstrip('_')}: {fail.get_msg()}")
+
+    def complete_run(self) -> None:
+        """Errors were shown as they came."""
+        for message in self.runtime_errors:
+            log.error(str(message))

@@ -1,0 +1,176 @@
+"""The one function that runs programs.
+
+Children get a clean environment and a process group of their own, write to the step's log, and die
+with us: the parent-death signal belongs to the thread that forked (prctl(2), PR_SET_PDEATHSIG), so
+all of them are forked by one thread that lives as long as the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import resource
+import shlex
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from katagpu.errors import StepError, UserError
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+CLEAN: Mapping[str, str] = {"PATH": PATH, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "HOME": "/"}
+TAIL_LINES = 25
+
+_live: set[int] = set()
+_live_lock = threading.Lock()
+_requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+_spawner: threading.Thread | None = None
+_spawner_pid = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A finished program: exit status (negative: signal), stdout if it was asked for."""
+
+    status: int
+    stdout: bytes
+
+
+def _serve() -> None:
+    while True:
+        _requests.get()()
+
+
+def _spawn(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    global _spawner, _spawner_pid
+    with _live_lock:
+        if _spawner is None or _spawner_pid != os.getpid():
+            _spawner = threading.Thread(target=_serve, name="spawner", daemon=True)
+            _spawner.start()
+            _spawner_pid = os.getpid()
+    future: Future[subprocess.Popen[bytes]] = Future()
+
+    def request() -> None:
+        try:
+            process = start()
+        except BaseException as failure:
+            future.set_exception(failure)
+        else:
+            with _live_lock:
+                _live.add(process.pid)
+            future.set_result(process)
+
+    _requests.put(request)
+    return future.result()
+
+
+def kill_all() -> None:
+    """End every program that is still running, with its process group."""
+    with _live_lock:
+        pids = list(_live)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def die_cleanly_on_signals() -> None:
+    """SIGINT, SIGTERM and SIGHUP end our programs and then us, with status 128 + signal.
+
+    The store is crash-only (staging, rename), so nothing else needs to be undone.
+    """
+
+    def handler(number: int, _frame: FrameType | None) -> None:
+        kill_all()
+        os.write(2, f"\ninterrupted by {signal.Signals(number).name}; "
+                    "run the same command again to go on\n".encode())
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
+
+
+def tail(path: Path, lines: int = TAIL_LINES) -> str:
+    """The last lines of a log, at most 16 KiB of it."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 16384))
+        text = stream.read().decode(errors="replace")
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    log: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: bytes | None = None,
+    capture: bool = False,
+    check: bool = True,
+    timeout: float | None = None,
+    pass_fds: Sequence[int] = (),
+    again: Sequence[str | Path] | None = None,
+) -> Result:
+    """Run a program to its end.
+
+    `env` is added to the clean environment. Output is appended to `log` (else dropped), except
+    stdout when `capture`. `again` is the command to show for a rerun where it is not `argv`.
+    `timeout` is in seconds. Raises `UserError` when the program is not there, `StepError` when it
+    fails (unless `check` is off) or takes too long.
+    """
+    words = [str(word) for word in argv]
+    sink: IO[bytes] | int = subprocess.DEVNULL
+    with contextlib.ExitStack() as stack:
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            sink = stack.enter_context(log.open("ab"))
+            sink.write(f"$ {shlex.join(words)}\n".encode())
+            sink.flush()
+        out: IO[bytes] | int = subprocess.PIPE if capture else sink
+        errors: IO[bytes] | int = sink if log is not None else subprocess.PIPE
+        try:
+            process = _spawn(lambda: subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", "--", *words],
+                stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
+                stdout=out, stderr=errors, cwd=cwd, env={**CLEAN, **(env or {})},
+                start_new_session=True, pass_fds=pass_fds))
+        except FileNotFoundError as missing:
+            raise UserError(f"the program {missing.filename!r} is not installed",
+                            hint="./doitw setup installs what the build host needs") from None
+        try:
+            stdout, stderr = process.communicate(stdin, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise StepError(f"{words[0]} did not end within {timeout:.0f} s",
+                            hint=f"it was: {shlex.join(words)}") from None
+        finally:
+            with _live_lock:
+                _live.discard(process.pid)
+    if check and process.returncode != 0:
+        said = tail(log) if log is not None else (stderr or b"").decode(errors="replace").strip()
+        raise failure(words, process.returncode, said, log, again)
+    return Result(status=process.returncode, stdout=stdout or b"")
+
+
+def failure(
+    argv: Sequence[str], status: int, said: str, log: Path | None,
+    again: Sequence[str | Path] | None = None,
+) -> StepError:
+    """The error of a program that failed: its last lines, the log, and how to run it again."""
+    how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+    where = f"\n  whole log: {log}" if log is not None else ""
+    command = shlex.join(str(word) for word in (again or argv))
+    return StepError(f"{argv[0]} ended with {how}:\n{said}{where}", hint=f"run it again: {command}")
+
+
+def cpu_seconds() -> float:
+    """CPU seconds (user + system) of all finished children so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime

@@ -1,0 +1,265 @@
+"""What a stage is, and what it gets to work with.
+
+A `Stage` is data: everything that may change the output is in it, and its action key is made from
+it. `Build` is what the stage's `make` receives: its inputs as paths, a sandbox, and a place for the
+outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from katagpu import keys, sandbox
+from katagpu.errors import CorruptBlob, StepError
+from katagpu.fetch import Job, fetch_all
+from katagpu.lock import Deb
+from katagpu.run import Result
+from katagpu.sandbox import Bind, Entry, Root
+from katagpu.store import Action, Kind, Output, Store, writing
+from katagpu.tree import EPOCH
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ref:
+    """An output of another stage."""
+
+    stage: str
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step: its code, what it reads, and what it puts out.
+
+    `module` is the stage's module below katagpu, whose code is in the key. `files` are files of the
+    repository or the host by a logical name; `packages` are groups of locked packages; `downloads`
+    are files by URL and SHA-256 (None: verified by the stage itself).
+    """
+
+    name: str
+    title: str
+    module: str
+    make: Callable[[Build], None]
+    outputs: Mapping[str, Kind]
+    options: Options = field(default_factory=dict)
+    inputs: Mapping[str, Ref] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+    packages: Mapping[str, tuple[Deb, ...]] = field(default_factory=dict)
+    downloads: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)
+    network: bool = False
+
+    def key(self, identities: Mapping[str, str]) -> dict[str, Any]:
+        """The action key; `identities` are those of the inputs by name."""
+        return {
+            "stage": self.name,
+            "code": keys.code(self.module),
+            "architecture": "x86_64",
+            "options": dict(self.options),
+            "inputs": dict(identities),
+            "files": {name: keys.file_digest(path) for name, path in self.files.items()},
+            "packages": {group: {deb.package: f"{deb.version} sha256:{deb.sha256}"
+                                 for deb in debs} for group, debs in self.packages.items()},
+            "downloads": {name: digest or url for name, (url, digest) in self.downloads.items()},
+        }
+
+
+def jobs() -> int:
+    """How many compilers may run at once: the processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class Build:
+    """One run of a stage: inputs, scratch space, sandbox and outputs."""
+
+    def __init__(self, stage: Stage, store: Store, inputs: Mapping[str, Output], scratch: Path,
+                 log: Path, *, ccache: bool = True) -> None:
+        self.stage = stage
+        self.options = stage.options
+        self.store = store
+        self.inputs = inputs
+        self.scratch = scratch
+        self.log = log
+        self.ccache = ccache
+        self.outputs: dict[str, Output] = {}
+        self.facts: dict[str, Any] = {}
+        self._entries = 0
+
+    # inputs
+
+    def file(self, name: str) -> Path:
+        """A repository file of the stage."""
+        return self.stage.files[name]
+
+    def blob(self, name: str) -> Path:
+        """A file input, its bytes verified. Raises `CorruptBlob`."""
+        output = self.inputs[name]
+        assert output.kind is Kind.FILE, name
+        path = self.store.blob(output.blob)
+        found = keys.file_digest(path)
+        if found != output.blob:
+            self.store.drop(output.blob)
+            raise CorruptBlob(output.blob, found)
+        return path
+
+    def tree(self, name: str) -> Path:
+        """A tree input as a directory that must not be written to (an overlay's lower one)."""
+        output = self.inputs[name]
+        assert output.kind is Kind.TREE, name
+
+        def unpack(target: Path) -> None:
+            found = sandbox.unpack(self.store.blob(output.blob), target, overlay=True)
+            if found != output.identity:
+                self.store.drop(output.blob)
+                raise CorruptBlob(output.blob, f"the blob of another tree, {found}")
+
+        return self.unpacked(f"tree-{output.identity}", unpack)
+
+    def unpacked(self, name: str, unpack: Callable[[Path], None]) -> Path:
+        """A disposable unpacked copy beside the store, made once by `unpack(target)`."""
+        target = self.store.root / "unpacked" / name
+        if target.exists():
+            return target
+        with self.store.lock(f"unpack-{name}"):
+            if not target.exists():
+                with (writing(self.store.root),
+                      self.store.staging("unpack", sandbox.remove) as scratch):
+                    part = scratch / "part"
+                    unpack(part)
+                    part.rename(target)
+        return target
+
+    def debs(self, group: str) -> list[Path]:
+        """The packages of a group as verified blobs, fetched where they are missing."""
+        debs = self.stage.packages[group]
+        self._fetch([(deb.url, deb.sha256, deb.size, f"{deb.package} {deb.version}")
+                     for deb in debs])
+        return [self.store.blob(deb.sha256) for deb in debs]
+
+    def download(self, name: str) -> Path:
+        """A downloaded file as a verified blob, fetched where it is missing."""
+        url, digest = self.stage.downloads[name]
+        assert digest is not None, "a download without a digest is fetched by its stage"
+        self._fetch([(url, digest, None, name)])
+        return self.store.blob(digest)
+
+    def _fetch(self, wanted: Sequence[tuple[str, str, int | None, str]]) -> None:
+        missing = [item for item in wanted if not self.store.has(item[1], item[2])]
+        if not missing:
+            return
+        with writing(self.store.root):
+            partial = self.store.root / "partial"
+            jobs = [(Job(url=url, sha256=digest, size=size, what=what), partial / digest)
+                    for url, digest, size, what in missing]
+            fetch_all(jobs)
+        for job, path in jobs:
+            if path.exists():
+                self.store.put(path, job.sha256)
+
+    def repository(self, group: str) -> Path:
+        """A directory that is a flat apt repository of a group's packages."""
+        from katagpu.stages import repository
+
+        directory = self.scratch / f"repository-{group}"
+        if not directory.exists():
+            repository.lay(directory, self.stage.packages[group], self.debs(group))
+        return directory
+
+    # work
+
+    def directory(self, name: str) -> Path:
+        """A new directory in the scratch space."""
+        path = self.scratch / name
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o755)
+        return path
+
+    def enter(self, argv: Sequence[str], roots: Sequence[Root], *, binds: Sequence[Bind] = (),
+              env: Mapping[str, str] | None = None, cwd: str = "/", network: bool = False,
+              capture: bool = False, check: bool = True) -> Result:
+        """Run a program in a sandbox, its output in the step's log.
+
+        Only a stage that says `network` gets one.
+        """
+        assert not network or self.stage.network, f"{self.stage.name} may not use the network"
+        self._entries += 1
+        entry = Entry(argv=argv, roots=roots, scratch=self.directory(f"entry{self._entries}"),
+                      binds=binds, cwd=cwd, network=network,
+                      env={"SOURCE_DATE_EPOCH": str(EPOCH), "TZ": "UTC", **(env or {})})
+        return sandbox.enter(entry, log=self.log, capture=capture, check=check)
+
+    def inside(self, operation: str, roots: Sequence[Root], **arguments: Any) -> Any:
+        """Call a function of `katagpu.inside` in the namespace that owns a root's files.
+
+        The root is assembled but not entered; the function gets its path, and answers with JSON.
+        """
+        self._entries += 1
+        scratch = self.directory(f"entry{self._entries}")
+        request = scratch / "request.json"
+        answer = scratch / "answer.json"
+        mount = Entry(argv=(), roots=(), scratch=scratch).mount
+        request.write_text(json.dumps({"operation": operation, "root": str(mount),
+                                       "answer": str(answer), "arguments": arguments}))
+        code = f"import sys; sys.path.insert(0, {str(keys.PACKAGE.parent)!r}); " \
+               "from katagpu.inside import main; main(sys.argv[1])"
+        sandbox.enter(Entry(argv=[sys.executable, "-I", "-c", code, str(request)], roots=roots,
+                            scratch=scratch, stay=True), log=self.log)
+        return json.loads(answer.read_text())
+
+    def compiler_cache(self, name: str, compiler: str) -> tuple[list[Bind], dict[str, str]]:
+        """Binds and environment for ccache; `compiler` is the digest of the toolchain.
+
+        ccache's own check looks at the compiler's time and size, and our times are clamped.
+        """
+        if not self.ccache:
+            return [], {"CCACHE_DISABLE": "1"}
+        directory = self.store.root / "ccache" / name
+        with writing(self.store.root):
+            directory.mkdir(parents=True, exist_ok=True)
+        return ([Bind(source=directory, target="/ccache", writable=True)],
+                {"CCACHE_DIR": "/ccache", "CCACHE_COMPILERCHECK": f"string:{compiler}",
+                 "CCACHE_NOHASHDIR": "1", "CCACHE_MAXSIZE": "2G"})
+
+    # outputs
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Make a file an output. The file is moved."""
+        blob, size = self.store.put(path)
+        self.outputs[name] = Output(kind=Kind.FILE, identity=blob, blob=blob, size=size)
+
+    def put_bytes(self, name: str, data: bytes) -> None:
+        """Make bytes an output."""
+        path = self.scratch / f"bytes-{name}"
+        with writing(self.store.root):
+            path.write_bytes(data)
+        self.put_file(name, path)
+
+    def put_tree(self, name: str, directory: Path, *, overlay: bool = False,
+                 final: bool = False) -> None:
+        """Make a directory an output, captured as a tree.
+
+        `overlay`: it is an overlay's upper directory, whose markers become whiteouts. `final`: it
+        holds the files that the guest gets where build roots have none (`tree.LAID`).
+        """
+        packed = self.scratch / f"tree-{name}"
+        form = sandbox.Form(overlay=overlay, final=final)
+        with writing(self.store.root):
+            identity = sandbox.capture(directory, packed, form, log=self.log)
+        blob, size = self.store.put(packed)
+        self.store.put_tree(identity, blob)
+        self.outputs[name] = Output(kind=Kind.TREE, identity=identity, blob=blob, size=size)
+
+    def finish(self, key: Mapping[str, Any], record: Mapping[str, Any]) -> Action:
+        """The action of this run. Raises `StepError` when an output is missing."""
+        missing = set(self.stage.outputs) - set(self.outputs)
+        if missing:
+            raise StepError(f"{self.stage.name} did not make: {', '.join(sorted(missing))}")
+        return Action(stage=self.stage.name, key=dict(key), outputs=self.outputs,
+                      record={**record, **self.facts})

@@ -1,0 +1,380 @@
+"""Two stores, one idea: blobs by content, and actions that say which blobs an action made.
+
+Layout (the blob part is that of an OCI image layout):
+
+    blobs/sha256/<hex>   bytes
+    trees/<hex>          for a tree: the blob that holds it, compressed
+    actions/<hex>.json   for an action: its key, outputs and record
+    unpacked/<name>/     trees and sources unpacked for use: disposable
+    staging/ locks/ partial/ ccache/
+
+Everything is committed by fsync and rename, the action last, so a reader sees all or nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from katagpu.errors import CorruptBlob, UserError
+from katagpu.keys import file_digest
+
+TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# made by katagpu; safe to delete\n"
+DIRECTORIES = ("blobs/sha256", "trees", "actions", "unpacked", "staging", "locks", "partial")
+
+
+class Kind(StrEnum):
+    """What an output is."""
+
+    FILE = "file"
+    TREE = "tree"
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True):
+    """One output of an action.
+
+    `identity` is the SHA-256 of a file's bytes, or of a tree's uncompressed tar (OCI's diffID).
+    `blob` is the SHA-256 of the stored bytes and `size` their number.
+    """
+
+    kind: Kind
+    identity: str
+    blob: str
+    size: int
+
+
+class Action(msgspec.Struct, frozen=True, kw_only=True):
+    """What was done: the stage, the whole key (for `why`), the outputs and how it went."""
+
+    stage: str
+    key: dict[str, Any]
+    outputs: dict[str, Output]
+    record: dict[str, Any]
+
+
+def default_root() -> Path:
+    """`KATAGPU_STORE`, else katagpu under the user's XDG cache directory."""
+    given = os.environ.get("KATAGPU_STORE")
+    if given:
+        return Path(given).absolute()
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "katagpu"
+
+
+@contextlib.contextmanager
+def writing(root: Path) -> Iterator[None]:
+    """Turn the system's refusals while writing below `root` into what a user can mend."""
+    try:
+        yield
+    except OSError as refusal:
+        if refusal.errno == errno.ENOSPC:
+            free = shutil.disk_usage(root).free if root.exists() else 0
+            raise UserError(
+                f"no space left in the store {root} ({free // 1_000_000} MB free)",
+                hint="./doitw cache:gc, or set KATAGPU_STORE to a larger file system") from None
+        if refusal.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(f"cannot write to {refusal.filename or root}: {refusal.strerror}",
+                            hint="set KATAGPU_STORE to a directory that you may write") from None
+        raise
+
+
+def sync(path: Path) -> None:
+    """fsync a file or directory by path."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Store:
+    """A store below one directory; safe for several processes at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._ready = False
+        self._held = threading.local()
+
+    def prepare(self) -> None:
+        """Make the directories. Raises `UserError` where that is not allowed."""
+        if self._ready:
+            return
+        with writing(self.root):
+            for name in DIRECTORIES:
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            tag = self.root / "CACHEDIR.TAG"
+            if not tag.exists():
+                tag.write_text(TAG)
+        self._ready = True
+
+    # blobs
+
+    def blob(self, digest: str) -> Path:
+        """Where a blob's bytes are, if they are."""
+        return self.root / "blobs" / "sha256" / digest
+
+    def has(self, digest: str, size: int | None = None) -> bool:
+        """Is the blob there (and of this size)? The bytes are not read."""
+        try:
+            found = self.blob(digest).stat().st_size
+        except OSError:
+            return False
+        return size is None or found == size
+
+    def drop(self, digest: str) -> None:
+        """Forget a blob; actions that need it become misses."""
+        self.blob(digest).unlink(missing_ok=True)
+
+    def put(self, path: Path, digest: str | None = None) -> tuple[str, int]:
+        """Move a file of the staging area into the store; its SHA-256 and size."""
+        with writing(self.root):
+            digest = digest or file_digest(path)
+            size = path.stat().st_size
+            target = self.blob(digest)
+            if self.has(digest, size):
+                path.unlink()
+                return digest, size
+            path.chmod(0o444)
+            sync(path)
+            path.rename(target)
+            sync(target.parent)
+        return digest, size
+
+    def copy_out(self, digest: str, target: Path) -> None:
+        """Copy a blob to a file, checking its bytes on the way; all or nothing.
+
+        Raises `CorruptBlob` (the blob is dropped) when they are not what they should be.
+        """
+        source = self.blob(digest)
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        found: list[str] = []
+        hasher = threading.Thread(target=lambda: found.append(file_digest(source)))
+        try:
+            with source.open("rb") as reader, part.open("wb") as writer:
+                hasher.start()
+                clone_or_copy(reader.fileno(), writer.fileno())
+            hasher.join()
+            if found != [digest]:
+                self.drop(digest)
+                raise CorruptBlob(digest, found[0] if found else "unreadable")
+            part.chmod(0o644)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    # trees
+
+    def tree_blob(self, identity: str) -> str | None:
+        """The blob that holds a tree, or None."""
+        try:
+            return (self.root / "trees" / identity).read_text().strip()
+        except OSError:
+            return None
+
+    def put_tree(self, identity: str, blob: str) -> None:
+        """Record which blob holds a tree."""
+        self._write(self.root / "trees" / identity, blob.encode())
+
+    # actions
+
+    def _action_path(self, digest: str) -> Path:
+        return self.root / "actions" / f"{digest}.json"
+
+    def action(self, digest: str) -> Action | None:
+        """The action, if it is known and all its blobs are there."""
+        try:
+            action = msgspec.json.decode(self._action_path(digest).read_bytes(), type=Action)
+        except (OSError, msgspec.DecodeError):
+            return None
+        if not all(self.has(output.blob, output.size) for output in action.outputs.values()):
+            return None
+        return action
+
+    def touch(self, digest: str) -> None:
+        """Note that an action was used now (for LRU); a read-only store does not mind."""
+        with contextlib.suppress(OSError):
+            os.utime(self._action_path(digest))
+
+    def commit(self, digest: str, action: Action) -> None:
+        """Write the action record: from here on it is a hit."""
+        self._write(self._action_path(digest), msgspec.json.encode(action))
+
+    def actions(self) -> Iterator[tuple[str, float, Action]]:
+        """All actions: digest, last use (seconds since the epoch), record; newest first."""
+        paths = sorted((self.root / "actions").glob("*.json"),
+                       key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in paths:
+            with contextlib.suppress(OSError, msgspec.DecodeError):
+                yield path.stem, path.stat().st_mtime, msgspec.json.decode(
+                    path.read_bytes(), type=Action)
+
+    def forget(self, digest: str) -> None:
+        """Drop an action record."""
+        self._action_path(digest).unlink(missing_ok=True)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        with writing(self.root):
+            part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+            with part.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(path)
+            sync(path.parent)
+
+    # locks and scratch
+
+    @contextlib.contextmanager
+    def lock(self, name: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+        """Hold the lock of this name; others of any process wait, after calling `waiting`."""
+        with writing(self.root):
+            handle = os.open(self.root / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
+                             0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting is not None:
+                    waiting()
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    @contextlib.contextmanager
+    def lease(self, *, exclusive: bool = False) -> Iterator[bool]:
+        """A build holds a shared lease while it runs; gc needs the exclusive one.
+
+        Yields False when an exclusive lease was asked for and a build is running.
+        """
+        with writing(self.root):
+            handle = os.open(self.root / "locks" / "lease", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
+                             0o644)
+        try:
+            try:
+                fcntl.flock(handle, (fcntl.LOCK_EX | fcntl.LOCK_NB) if exclusive
+                            else fcntl.LOCK_SH)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(handle)
+
+    @contextlib.contextmanager
+    def staging(self, name: str, remove: Callable[[Path], None]) -> Iterator[Path]:
+        """A scratch directory on the store's file system, gone afterwards.
+
+        `remove` deletes a directory whose files may belong to subordinate ids. What a killed run
+        left behind is removed by the next one: its lock is free.
+        """
+        with writing(self.root):
+            for stale in (self.root / "staging").glob("*.lock"):
+                self._sweep(stale, remove)
+            path = self.root / "staging" / f"{name}-{os.getpid()}-{time.monotonic_ns():x}"
+            handle = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            path.mkdir()
+        try:
+            yield path
+        finally:
+            remove(path)
+            path.with_name(f"{path.name}.lock").unlink()
+            os.close(handle)
+
+    def _sweep(self, lock: Path, remove: Callable[[Path], None]) -> None:
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            directory = lock.with_suffix("")
+            if directory.exists():
+                remove(directory)
+            lock.unlink(missing_ok=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(handle)
+
+    # care
+
+    def verify(self) -> list[tuple[str, str]]:
+        """Re-hash every blob; drop and return the damaged ones as (digest, found)."""
+        damaged = []
+        for path in sorted((self.root / "blobs" / "sha256").iterdir()):
+            found = file_digest(path)
+            if found != path.name:
+                damaged.append((path.name, found))
+                path.unlink()
+        return damaged
+
+    def usage(self) -> int:
+        """Bytes of all blobs."""
+        blobs = self.root / "blobs" / "sha256"
+        return sum(entry.stat().st_size for entry in os.scandir(blobs)) if blobs.exists() else 0
+
+    def gc(self, limit: int, remove: Callable[[Path], None]) -> int:
+        """Drop least recently used actions until the blobs fit `limit` bytes; bytes freed.
+
+        Unpacked copies and blobs that no action names (fetched packages) go first.
+        """
+        before = self.usage()
+        for entry in (self.root / "unpacked").iterdir():
+            remove(entry)
+        keep: set[str] = set()
+        total = 0
+        for digest, _used, action in self.actions():
+            blobs = {output.blob: output.size for output in action.outputs.values()}
+            cost = sum(size for blob, size in blobs.items() if blob not in keep)
+            if total + cost > limit:
+                self.forget(digest)
+                continue
+            total += cost
+            keep.update(blobs)
+        for path in (self.root / "blobs" / "sha256").iterdir():
+            if path.name not in keep:
+                path.unlink()
+        for path in (self.root / "trees").iterdir():
+            if path.read_text().strip() not in keep:
+                path.unlink()
+        return before - self.usage()
+
+
+def clone_or_copy(source: int, target: int) -> None:
+    """Copy a file by descriptor: a reflink where the file system has them, else in the kernel."""
+    ficlone = 0x40049409  # FICLONE, ioctl_ficlone(2)
+    try:
+        fcntl.ioctl(target, ficlone, source)
+        return
+    except OSError:
+        pass
+    left = os.fstat(source).st_size
+    while left > 0:
+        try:
+            done = os.copy_file_range(source, target, left)
+        except OSError as refusal:
+            if refusal.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            done = os.sendfile(target, source, None, left)
+        if done == 0:
+            break
+        left -= done
+
+
+def bytes_digest(data: bytes) -> str:
+    """SHA-256 of bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()

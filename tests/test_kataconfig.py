@@ -1,0 +1,171 @@
+"""The Kata drop-in: valid TOML, keys that the shims know, values that belong to the guest."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+import pytest
+
+from katagpu.errors import UserError
+from katagpu.kataconfig import (
+    KataSettings,
+    Plug,
+    Shim,
+    ToolkitMode,
+    drop_in_directory,
+    render_drop_in,
+)
+
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Toml tags of hypervisor, agent and runtime in src/runtime/pkg/katautils/config.go of Kata 4.1.0
+# that a drop-in may set. An unknown one in [hypervisor.*] or [agent.*] stops Go's shim.
+GO_HYPERVISOR = words(
+    """path kernel initrd image rootfs_type firmware firmware_volume machine_accelerators
+    cpu_features kernel_params kernel_verity_params machine_type block_device_driver entropy_source
+    shared_fs virtio_fs_daemon virtio_fs_cache guest_hook_path seccompsandbox block_device_aio
+    valid_hypervisor_paths enable_annotations memory_offset default_maxmemory default_maxvcpus
+    default_memory memory_slots default_bridges default_vcpus enable_mem_prealloc enable_hugepages
+    enable_virtio_mem enable_iommu enable_iommu_platform enable_numa enable_debug
+    disable_nesting_checks enable_iothreads disable_image_nvdimm hot_plug_vfio cold_plug_vfio
+    pcie_root_port pcie_switch_port disable_vhost_net confidential_guest rootless disable_selinux
+    use_legacy_serial guest_extension_images"""
+)
+GO_AGENT = words(
+    """kernel_modules enable_debug enable_tracing debug_console_enabled dial_timeout cdh_api_timeout
+    launch_process_timeout visible_cdi_devices"""
+)
+GO_RUNTIME = words(
+    """internetworking_model vfio_mode guest_selinux_label sandbox_bind_mounts experimental
+    enable_tracing disable_new_netns disable_guest_seccomp enable_vcpus_pinning enable_debug
+    sandbox_cgroup_only static_sandbox_resource_mgmt disable_guest_empty_dir emptydir_mode
+    create_container_timeout dan_conf pod_resource_api_sock kubelet_root_dir"""
+)
+# configuration-qemu-nvidia-gpu-runtime-rs.toml.in of the same version; [agent.*] refuses others.
+RUST_HYPERVISOR = GO_HYPERVISOR - {"hot_plug_vfio", "seccompsandbox", "enable_numa"} | {
+    "vm_rootfs_driver"
+}
+RUST_AGENT = GO_AGENT - {"dial_timeout"} | {
+    "dial_timeout_ms",
+    "reconnect_timeout_ms",
+    "create_container_timeout",
+}
+RUST_RUNTIME = GO_RUNTIME - {"create_container_timeout"} | {"name", "hypervisor_name", "agent_name"}
+KNOWN = {
+    Shim.GO: (GO_HYPERVISOR, GO_AGENT, GO_RUNTIME),
+    Shim.RUST: (RUST_HYPERVISOR, RUST_AGENT, RUST_RUNTIME),
+}
+
+
+def settings(**changes: Any) -> KataSettings:
+    values: dict[str, Any] = {"kernel": "/opt/g/vmlinuz", "image": "/opt/g/guest.img", **changes}
+    return KataSettings(**values)
+
+
+def parsed(**changes: Any) -> dict[str, Any]:
+    return tomllib.loads(render_drop_in(settings(**changes)))
+
+
+def qemu(**changes: Any) -> dict[str, Any]:
+    table: dict[str, Any] = parsed(**changes)["hypervisor"]["qemu"]
+    return table
+
+
+@pytest.mark.parametrize("shim", list(Shim))
+@pytest.mark.parametrize("mode", list(ToolkitMode))
+@pytest.mark.parametrize("plug", list(Plug))
+@pytest.mark.parametrize("dax", [False, True])
+def test_only_keys_that_the_shim_knows(
+    shim: Shim, mode: ToolkitMode, plug: Plug, dax: bool
+) -> None:
+    drop_in = parsed(shim=shim, toolkit_mode=mode, plug=plug, dax_header=dax)
+    hypervisor, agent, runtime = KNOWN[shim]
+    assert set(drop_in) == {"hypervisor", "agent", "runtime"}
+    assert set(drop_in["hypervisor"]) == {"qemu"} and set(drop_in["agent"]) == {"kata"}
+    assert set(drop_in["hypervisor"]["qemu"]) <= hypervisor
+    assert set(drop_in["agent"]["kata"]) <= agent
+    assert set(drop_in["runtime"]) <= runtime
+
+
+def test_dead_keys_of_the_guide_are_not_written() -> None:
+    for shim in Shim:
+        assert "hotplug_vfio_on_root_bus" not in render_drop_in(settings(shim=shim))
+
+
+def test_image_takes_away_the_initrd_and_the_other_image_s_hash() -> None:
+    table = qemu()
+    assert (table["image"], table["initrd"]) == ("/opt/g/guest.img", "")
+    # Left alone, the hash of Kata's own image would be checked against ours.
+    assert table["kernel_verity_params"] == ""
+    assert table["rootfs_type"] == "erofs"
+    assert qemu(kernel_verity_params="root_hash=ab")["kernel_verity_params"] == "root_hash=ab"
+
+
+def test_initrd_takes_away_the_image() -> None:
+    table = qemu(image=None, initrd="/opt/g/initrd")
+    assert (table["image"], table["initrd"]) == ("", "/opt/g/initrd")
+
+
+def test_kernel_params_repeat_kata_s_own() -> None:
+    own = "cgroup_no_v1=all pci=realloc pci=nocrs pci=assign-busses"
+    assert qemu()["kernel_params"] == own
+    extra = ("agent.log=debug", "x=y")
+    assert qemu(extra_kernel_params=extra)["kernel_params"] == f"{own} agent.log=debug x=y"
+
+
+def test_only_one_plug_is_a_root_port() -> None:
+    assert (qemu()["cold_plug_vfio"], qemu()["hot_plug_vfio"]) == ("root-port", "no-port")
+    hot = qemu(plug=Plug.HOT)
+    assert (hot["cold_plug_vfio"], hot["hot_plug_vfio"]) == ("no-port", "root-port")
+    assert qemu(plug=Plug.HOT, shim=Shim.RUST)["cold_plug_vfio"] == "no-port"
+    assert qemu(pcie_root_ports=2)["pcie_root_port"] == 2
+
+
+def test_dax_header_decides_the_root_s_device() -> None:
+    assert qemu()["disable_image_nvdimm"] is True
+    assert qemu(dax_header=True)["disable_image_nvdimm"] is False
+    assert qemu(shim=Shim.RUST)["vm_rootfs_driver"] == "virtio-blk-pci"
+    assert qemu(shim=Shim.RUST, dax_header=True)["vm_rootfs_driver"] == "virtio-pmem"
+
+
+def test_hook_path_in_hook_mode_only() -> None:
+    assert qemu(toolkit_mode=ToolkitMode.HOOK)["guest_hook_path"] == "/usr/share/oci/hooks"
+    assert qemu()["guest_hook_path"] == ""
+    assert qemu(toolkit_mode=ToolkitMode.NONE)["guest_hook_path"] == ""
+
+
+def test_rust_shim_drops_the_second_image() -> None:
+    assert qemu(shim=Shim.RUST)["guest_extension_images"] == []
+
+
+def test_the_header_names_the_place() -> None:
+    for shim in Shim:
+        head = render_drop_in(settings(shim=shim)).split("\n\n")[0]
+        assert f"{drop_in_directory(shim)}/50-katagpu.toml" in head
+        assert all(line.startswith("#") for line in head.splitlines())
+    assert "/runtimes/my-gpu/config.d/" in render_drop_in(settings(), handler="my-gpu")
+
+
+def test_strings_survive() -> None:
+    path = '/opt/a "b"\\c\x7f\té/guest.img'
+    assert qemu(image=path)["image"] == path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image": None},
+        {"initrd": "/x"},
+        {"image": None, "initrd": "/x", "kernel_verity_params": "root_hash=1"},
+        {"image": None, "initrd": "/x", "dax_header": True},
+        {"pcie_root_ports": 0},
+        {"pcie_root_ports": 17},
+    ],
+)
+def test_what_cannot_work_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        settings(**changes)
