@@ -9,6 +9,7 @@ task_lock = tasks.lock
 task_why = tasks.why
 task_cache = tasks.cache
 task_test = tasks.test
+task_bench = tasks.bench
 
 
 def task_build_kernel() -> tasks.Task:

@@ -1,24 +1,26 @@
-"""`python -m katagpu`: doit with this repository's dodo.py."""
+"""`python -m katagpu`: doit with this repository's dodo.py, and no doit at all for a no-op."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from katagpu.run import die_cleanly_on_signals
+from katagpu import log, receipt
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT = "build_image"
 
 
 def main(argv: list[str]) -> int:
-    """Run doit's command line; its exit status (0, 1: the user can mend it, 2: a step failed)."""
-    from doit.cmd_base import ModuleTaskLoader
-    from doit.doit_cmd import DoitMain
+    """Run a command line; its exit status (0, 1: the user can mend it, 2: a step failed)."""
+    said = receipt.nothing_to_do(ROOT, argv, DEFAULT)
+    if said is None:
+        from katagpu import commands
 
-    from katagpu import tasks
-
-    die_cleanly_on_signals()
-    sys.path.insert(0, str(tasks.ROOT))
-    import dodo
-
-    return int(DoitMain(ModuleTaskLoader(dodo)).run(argv) or 0)
+        return commands.run(argv)
+    for line in said:
+        log.say(line)
+    return 0
 
 
 if __name__ == "__main__":

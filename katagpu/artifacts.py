@@ -6,8 +6,8 @@ Names are Kata's: the file carries its version, and a link without one is what c
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -75,6 +75,7 @@ class Outcome:
     def __init__(self, directory: Path, plan: Plan) -> None:
         self.directory = directory
         self.plan = plan
+        self._restoring = threading.Lock()
 
     def _state(self) -> dict[str, Restored]:
         try:
@@ -121,6 +122,13 @@ class Outcome:
         return all(self._intact(name, output, state) and self._linked(name, artifact)
                    for name, (artifact, output) in wanted.items())
 
+    def files(self, artifacts: Sequence[Artifact]) -> list[Path]:
+        """The paths of artifacts and their links; none while a stage is not made."""
+        names: list[str] = []
+        for name, (artifact, _output) in (self._wanted(artifacts) or {}).items():
+            names += [name, artifact.link] if artifact.link else [name]
+        return [self.directory / name for name in names]
+
     def restore(self, artifacts: Sequence[Artifact]) -> None:
         """Put the artifacts there, from the store; what is intact stays.
 
@@ -128,12 +136,14 @@ class Outcome:
         """
         wanted = self._wanted(artifacts)
         assert wanted is not None, "the stages were made before"
-        state = self._state()
-        with writing(self.directory):
+        with self._restoring, writing(self.directory):
+            state = self._state()
             self.directory.mkdir(parents=True, exist_ok=True)
             stale = {name: item for name, item in wanted.items()
                      if not self._intact(name, item[1], state)}
             largest = sorted(stale.items(), key=lambda item: -item[1][1].size)
+            from concurrent.futures import ThreadPoolExecutor
+
             with ThreadPoolExecutor(max_workers=2) as pool:
                 for done in [pool.submit(self.plan.store.copy_out, output.blob,
                                          self.directory / name)
@@ -141,14 +151,14 @@ class Outcome:
                     done.result()
             for name, (artifact, output) in wanted.items():
                 if not self._linked(name, artifact) and artifact.link is not None:
-                    part = self.directory / f".{artifact.link}.part"
+                    part = self.directory / f".{artifact.link}.{os.getpid()}.part"
                     part.unlink(missing_ok=True)
                     part.symlink_to(name)
                     part.replace(self.directory / artifact.link)
                 found = (self.directory / name).stat()
                 state[name] = Restored(identity=output.identity, size=found.st_size,
                                        inode=found.st_ino, mtime=found.st_mtime_ns)
-            part = self.directory / f"{STATE}.part"
+            part = self.directory / f"{STATE}.{os.getpid()}.part"
             part.write_bytes(msgspec.json.encode(state))
             part.replace(self.directory / STATE)
 

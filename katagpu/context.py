@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from katagpu import guest, lock, log, recipe, request
+from katagpu import artifacts, guest, lock, log, receipt, recipe, request
 from katagpu.artifacts import Outcome
 from katagpu.errors import CorruptBlob, UserError
 from katagpu.plan import Plan
 from katagpu.schema import Recipe, ToolkitSource
 from katagpu.stages import final
 from katagpu.stages.api import Stage
-from katagpu.store import Store, default_root
+from katagpu.store import Store, default_root, writing
 
 DEFAULT = "debian-trixie"
 PARAMETERS = ("recipe", "driver", "all", "ccache")
@@ -33,11 +33,12 @@ class Context:
         if unknown:
             raise UserError(f"unknown parameter {unknown[0]}=; known: "
                             f"{', '.join(f'{name}=' for name in PARAMETERS)}")
+        # Before anything is read, so that what changes meanwhile does not look like what was read.
+        self._marks = receipt.look(receipt.inputs(root))
         self.root = root
         self.values = values
         self.environment = environment
         self.store = Store(default_root())
-        self._lock = threading.Lock()
 
     @functools.cached_property
     def recipe(self) -> Recipe:
@@ -56,25 +57,37 @@ class Context:
         """The lock of this run: under out/, never a silent edit of a committed one."""
         return self.directory / "lock.json"
 
+    @functools.cached_property
+    def _locked(self) -> lock.Lock | None:
+        self._marks[str(self.lock_path)] = receipt.mark(self.lock_path)
+        found = lock.read(self.lock_path)
+        wanted = request.identity(self.recipe, self.root)
+        return found if found and found.request == wanted else None
+
     def locked(self) -> lock.Lock | None:
         """The lock, when it answers what the recipe asks for."""
-        found = lock.read(self.lock_path)
-        return found if found and found.request == request.identity(self.recipe) else None
+        return self._locked
 
     def make_lock(self) -> None:
         """Resolve the recipe now, and write the lock."""
         self.store.prepare()
-        with (self.store.lock("resolve"),
+        with (self.store.lock("resolve"), writing(self.directory),
               log.step(f"lock: resolve {self.recipe.name}'s packages")):
-            found = lock.resolve(request.request(self.recipe), self.store.root / "apt")
+            wanted = request.request(self.recipe, self.root)
+            found = lock.resolve(wanted, self.store.root / "apt")
             lock.write(found, self.lock_path)
         log.note(f"lock: {os.path.relpath(self.lock_path)}; ./doitw lock resolves anew")
-        self.__dict__.pop("plan", None)
+        for name in ("_locked", "plan", "outcome"):
+            self.__dict__.pop(name, None)
 
-    def sketch(self) -> dict[str, Stage]:
-        """The stages without their packages: names and dependencies, before there is a lock."""
+    @functools.cached_property
+    def _unlocked(self) -> dict[str, Stage]:
         empty = lock.Lock(recipe=self.recipe.name, request="", groups={})
-        return guest.stages(self.recipe, self.locked() or empty, self.root)
+        return guest.stages(self.recipe, empty, self.root)
+
+    def sketch(self) -> Mapping[str, Stage]:
+        """The stages by name; before there is a lock, without their packages."""
+        return self._unlocked if self.locked() is None else self.plan.stages
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -82,13 +95,21 @@ class Context:
         found = self.locked()
         if found is None:
             raise UserError("this recipe is not resolved yet", hint="./doitw lock")
-        return Plan(guest.stages(self.recipe, found, self.root), self.store,
-                    self.directory / "logs", ccache=self.values.get("ccache", "1") != "0")
+        stages = guest.stages(self.recipe, found, self.root)
+        for stage in stages.values():
+            for path in stage.files.values():
+                self._marks.setdefault(str(path), receipt.mark(path))
+        return Plan(stages, self.store, self.directory / "logs",
+                    ccache=self.values.get("ccache", "1") != "0")
 
     @functools.cached_property
     def outcome(self) -> Outcome:
         """The results' directory."""
         return Outcome(self.directory, self.plan)
+
+    def made(self, stage: str) -> bool:
+        """Is the stage in the store?"""
+        return self.plan.action(stage) is not None
 
     def ensure(self, stage: str) -> None:
         """Make a stage, holding the store's lease."""
@@ -98,22 +119,34 @@ class Context:
 
     def restore(self, task: str) -> None:
         """Restore a task's artifacts; a damaged blob is made again."""
-        from katagpu import artifacts
-
         wanted = artifacts.of(self.recipe, task)
-        try:
-            self.outcome.restore(wanted)
-        except CorruptBlob as damaged:
-            log.warn(f"{damaged}; it is made again")
-            self.plan.forget()
-            for artifact in wanted:
-                self.ensure(artifact.stage)
-            self.outcome.restore(wanted)
+        writable = os.access(self.store.root / "locks", os.W_OK)
+        with self.store.lease() if writable else contextlib.nullcontext():
+            try:
+                self.outcome.restore(wanted)
+            except CorruptBlob as damaged:
+                log.warn(f"{damaged}; it is made again")
+                self.plan.forget()
+                for artifact in wanted:
+                    self.plan.ensure(artifact.stage)
+                self.outcome.restore(wanted)
 
-    def finish(self, task: str) -> None:
-        """Write the build record of this run."""
+    def finish(self, task: str, stages: Sequence[str]) -> None:
+        """Write the build record of this run: what `stages` and all below them took, hits too."""
+        run = {entry.get("stage") for entry in log.record.entries}
+        for name in dict.fromkeys(each for stage in stages for each in self.plan.closure(stage)):
+            if name not in run:
+                log.record.add(stage=name, hit=True)
         log.record.write(self.directory / "build-record.json", task=task, recipe=self.recipe.name,
                          driver=self.recipe.driver.version)
+
+    def sign(self, task: str, said: str) -> None:
+        """Write the receipt of a finished task. A run that cannot write it is only slower."""
+        wanted = artifacts.of(self.recipe, task)
+        marks = {**self._marks, **receipt.look(self.outcome.files(wanted))}
+        with contextlib.suppress(OSError):
+            receipt.write(receipt.place(self.root, task, self.values, self.environment), said,
+                          marks)
 
     def explain(self, task: str, known: Mapping[str, Sequence[str]]) -> Iterator[str]:
         """Hit or miss of every stage of a task, or of a stage by its own name."""

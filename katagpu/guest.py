@@ -6,7 +6,7 @@ from pathlib import Path
 
 from katagpu.lock import Lock
 from katagpu.schema import DriverSource, Recipe, ToolkitSource
-from katagpu.stages import driver, final, image, kernel, rootfs, roots, toolkit
+from katagpu.stages import driver, final, image, kernel, rootfs, roots, source, toolkit
 from katagpu.stages.api import Ref, Stage
 
 
@@ -14,14 +14,18 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
     """All stages of a guest by name; `root` is the repository."""
     found = [roots.stage0(lock),
              roots.root(lock, "toolchain", "build root of the guest's suite"),
-             kernel.source(recipe, lock), kernel.config(recipe, root),
+             source.source(recipe, lock, root), kernel.config(recipe, root),
              kernel.kernel(recipe, lock, root),
              roots.root(lock, "imagetools", "root with the image tools and Go"),
              roots.root(lock, "base", "guest base", slim=True)]
     chain = [Ref(stage="base", output="root")]
-    if recipe.toolkit.source is not ToolkitSource.NONE:
+    if recipe.toolkit.source is ToolkitSource.GO:
         found += [toolkit.source(recipe), toolkit.toolkit(recipe)]
-        chain.append(Ref(stage="toolkit", output="layer"))
+    if recipe.toolkit.source is ToolkitSource.DEBS:
+        found.append(roots.layer(lock, "toolkit", "container toolkit", chain, slim=True,
+                                 files=[root / deb for deb in recipe.toolkit.debs]))
+    if recipe.toolkit.source is not ToolkitSource.NONE:
+        chain = [*chain, Ref(stage="toolkit", output="layer")]
     if recipe.rootfs.extra_packages:
         found.append(roots.layer(lock, "build_layer", "EXTRA_PKGS on the build root",
                                  [Ref(stage="toolchain", output="root")]))

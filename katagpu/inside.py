@@ -23,11 +23,6 @@ def lay(root: Path, variables: dict[str, object]) -> list[str]:
     return [str(entry.path) for entry in entries]
 
 
-def record(root: Path, path: str, text: str) -> None:
-    """Write a text file into the guest."""
-    (root / path).write_text(text)
-
-
 def check(root: Path, facts: dict[str, Any]) -> list[dict[str, str]]:
     """The consistency checks; their findings."""
     from katagpu.check import check_guest
@@ -91,7 +86,7 @@ def _part(path: str) -> str:
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
-    "lay": lay, "record": record, "check": check, "measure": measure, "sizes": sizes, "tar": tar,
+    "lay": lay, "check": check, "measure": measure, "sizes": sizes, "tar": tar,
 }
 
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 import msgspec
 
-from katagpu.errors import StepError, UserError
+from katagpu.errors import UserError
 from katagpu.run import run
+from katagpu.store import writing
 
 FORMAT = 1
-_URI = re.compile(r"^'([^']+)' (\S+) (\d+) ")
+_URI = re.compile(r"^'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})$", re.MULTILINE)
 
 
 class Deb(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,14 +59,23 @@ class Archive(msgspec.Struct, frozen=True, kw_only=True):
     keyring: str
 
 
+class LocalDeb(msgspec.Struct, frozen=True, kw_only=True):
+    """A package given as a file."""
+
+    path: str
+    sha256: str
+
+
 class Group(msgspec.Struct, frozen=True, kw_only=True):
     """A set of packages to resolve with all that they depend on.
 
+    `files` are packages that are at hand: what they depend on is locked, they are not.
     `on` names a group that is installed already: only what comes in addition is locked. `alone`
     locks the named packages without their dependencies (sources shipped as packages).
     """
 
-    packages: tuple[str, ...]
+    packages: tuple[str, ...] = ()
+    files: tuple[LocalDeb, ...] = ()
     on: str | None = None
     alone: bool = False
 
@@ -122,42 +133,32 @@ def host_archive(distribution: str) -> dict[str, str]:
 
 
 class Apt:
-    """apt with a configuration of its own, below one directory."""
+    """apt with a configuration of its own, below one directory.
+
+    The host's apt.conf.d is not read: it is parsed after APT_CONFIG and would win (a container's
+    `docker-clean`, for one, turns apt's cache off, and every call builds it anew). Only how the
+    host reaches the network (`Acquire::http`, `Acquire::https`) is taken over.
+    """
 
     def __init__(self, directory: Path, archives: Sequence[Archive], architecture: str) -> None:
         self.directory = directory
-        for name in ("lists/partial", "cache/archives/partial", "etc"):
-            (directory / name).mkdir(parents=True, exist_ok=True)
-        (directory / "status").touch()
-        sources = "".join(
-            f"deb [arch={architecture} signed-by={archive.keyring}] {archive.uri} {suite} "
-            f"{' '.join(archive.components)}\n"
-            for archive in archives for suite in archive.suites)
-        (directory / "etc/sources.list").write_text(sources)
-        settings = {
-            "Dir::State": directory, "Dir::State::Lists": directory / "lists",
-            "Dir::State::status": directory / "status", "Dir::Cache": directory / "cache",
-            "Dir::Etc::sourcelist": directory / "etc/sources.list", "Dir::Etc::sourceparts": "-",
-            "Dir::Etc::preferences": "-", "Dir::Etc::preferencesparts": "-",
-            "APT::Architecture": architecture, "APT::Sandbox::User": "",
-            "Acquire::Languages": "none", "APT::Install-Recommends": "false",
-            "Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled": "false",
-            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
-            "Acquire::Retries": "3",
-        }
-        text = "".join(f'{name} "{value}";\n' for name, value in settings.items())
-        (directory / "apt.conf").write_text(f"{text}#clear APT::Architectures;\n"
-                                            f'APT::Architectures {{ "{architecture}"; }};\n')
-
-    def _environment(self) -> Mapping[str, str]:
-        proxies = {name: value for name, value in os.environ.items()
-                   if name.lower() in ("http_proxy", "https_proxy", "no_proxy")}
-        return {"APT_CONFIG": str(self.directory / "apt.conf"), **proxies}
+        with writing(directory):
+            for name in ("lists/partial", "cache/archives/partial", "etc"):
+                (directory / name).mkdir(parents=True, exist_ok=True)
+            (directory / "status").touch()
+            (directory / "etc/sources.list").write_text("".join(
+                f"deb [arch={architecture} signed-by={archive.keyring}] {archive.uri} {suite} "
+                f"{' '.join(archive.components)}\n"
+                for archive in archives for suite in archive.suites))
+            (directory / "apt.conf").write_text(_configuration(directory, architecture))
 
     def _run(self, *words: str) -> tuple[int, str, str]:
         log = self.directory / "log"
         log.unlink(missing_ok=True)
-        result = run(list(words), env=self._environment(), capture=True, check=False, log=log)
+        proxies = {name: value for name, value in os.environ.items()
+                   if name.lower() in ("http_proxy", "https_proxy", "no_proxy")}
+        result = run(list(words), capture=True, check=False, log=log,
+                     env={"APT_CONFIG": str(self.directory / "apt.conf"), **proxies})
         said = "\n".join(line for line in log.read_text().splitlines() if not line.startswith("$ "))
         return result.status, result.stdout.decode(), said
 
@@ -168,64 +169,72 @@ class Apt:
         if status != 0:
             raise UserError(f"the package lists could not be fetched:\n{said}", hint=_cure(said))
 
-    def closure(self, packages: Iterable[str]) -> dict[str, str]:
-        """What installing these packages on nothing fetches: file name → URL."""
-        status, out, said = self._run("apt-get", "install", "-qq", "-y", "--print-uris",
-                                      "-o", "Debug::NoLocking=true", *packages)
+    def closure(self, packages: Iterable[str]) -> dict[str, Deb]:
+        """What installing these packages on nothing fetches, by file name."""
+        return self._debs("install", "-y", *packages)
+
+    def candidates(self, packages: Iterable[str]) -> dict[str, Deb]:
+        """These packages alone, by file name."""
+        return self._debs("download", *packages)
+
+    def _debs(self, *words: str) -> dict[str, Deb]:
+        status, out, said = self._run("apt-get", "-q", "--print-uris", *words)
         if status != 0:
-            raise UserError(f"the packages cannot be resolved:\n{out}{said}",
-                            hint="compare the recipe's package names and driver version with the "
-                                 "archive: apt-cache policy")
-        return {name: url for url, name, _size in _uris(out)}
+            why = out.partition("have unmet dependencies:\n")[2]
+            raise UserError(f"the packages cannot be resolved:\n{why}{said}", hint=self._hint(said))
+        return {match[2]: _deb(match) for match in _URI.finditer(out)}
 
-    def candidate(self, package: str) -> dict[str, str]:
-        """File name → URL of one package alone."""
-        status, out, said = self._run("apt-get", "download", "-qq", "--print-uris", package)
-        if status != 0:
-            raise UserError(f"the package {package} cannot be found:\n{said}",
-                            hint=self._versions(package))
-        return {name: url for url, name, _size in _uris(out)}
+    def _hint(self, said: str) -> str:
+        version = re.search(r"Version '.*' for '(.+)' was not found", said)
+        if version:
+            _status, out, _said = self._run("apt-cache", "madison", version[1])
+            found = dict.fromkeys(line.split("|")[1].strip() for line in out.splitlines())
+            return f"the archive has {version[1]} in: {', '.join(found) or 'no version'}"
+        unknown = re.search(r"Unable to locate package (\S+)", said)
+        if unknown:
+            _status, out, _said = self._run("apt-cache", "pkgnames", unknown[1][:2])
+            from difflib import get_close_matches
 
-    def _versions(self, package: str) -> str:
-        name = package.split("=")[0]
-        _status, out, _said = self._run("apt-cache", "madison", name)
-        versions = [line.split("|")[1].strip() for line in out.splitlines() if "|" in line]
-        return f"the archive has {name} in: {', '.join(versions) or 'no version'}"
-
-    def describe(self, files: Mapping[str, str]) -> tuple[Deb, ...]:
-        """The packages behind file names, with digests, sorted by name."""
-        from urllib.parse import unquote
-
-        from debian.deb822 import Packages
-
-        names = ["{}={}".format(*file.replace("%3a", ":").split("_")[:2]) for file in files]
-        status, out, said = self._run("apt-cache", "show", *names)
-        if status != 0:
-            raise StepError(f"apt-cache does not know what apt-get resolved:\n{said}")
-        debs = {}
-        for entry in Packages.iter_paragraphs(out.splitlines(keepends=True), use_apt_pkg=False):
-            version = entry["Version"].replace(":", "%3a")
-            file = f"{entry['Package']}_{version}_{entry['Architecture']}.deb"
-            url = files.get(file)
-            if url is not None and unquote(url).endswith(entry["Filename"]):
-                debs[file] = Deb(package=entry["Package"], version=entry["Version"],
-                                 architecture=entry["Architecture"], url=url,
-                                 size=int(entry["Size"]), sha256=entry["SHA256"])
-        missing = sorted(set(files) - set(debs))
-        if missing:
-            raise StepError(f"no digest for {', '.join(missing)}")
-        return tuple(sorted(debs.values(), key=lambda deb: (deb.package, deb.version)))
+            near = get_close_matches(unknown[1], out.split(), n=1)
+            return f"did you mean {near[0]}?" if near else "is the name right, and the component?"
+        return "compare the recipe's package names and driver version with the archive"
 
 
-def _uris(text: str) -> list[tuple[str, str, str]]:
-    return [match for line in text.splitlines() for match in _URI.findall(line)]
+def _configuration(directory: Path, architecture: str) -> str:
+    settings = {
+        "Dir::Etc::main": "/dev/null", "Dir::Etc::parts": "/dev/null",
+        "Dir::State": directory, "Dir::State::Lists": directory / "lists",
+        "Dir::State::status": directory / "status", "Dir::Cache": directory / "cache",
+        "Dir::Cache::srcpkgcache": "",
+        "Dir::Etc::sourcelist": directory / "etc/sources.list",
+        "Dir::Etc::sourceparts": "/dev/null", "Dir::Etc::preferences": "/dev/null",
+        "Dir::Etc::preferencesparts": "/dev/null",
+        "APT::Architecture": architecture, "APT::Sandbox::User": "",
+        "APT::Install-Recommends": "false", "Debug::NoLocking": "true",
+        "Acquire::Languages": "none", "Acquire::Retries": "3", "Acquire::ForceHash": "SHA256",
+        "Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled": "false",
+        "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
+    }
+    own = "".join(f'{name} "{value}";\n' for name, value in settings.items())
+    host = run(["apt-config", "dump", "--format", '%F "%v";%n', "Acquire::http", "Acquire::https"],
+               capture=True, check=False).stdout.decode()
+    return f'{own}APT::Architectures {{ "{architecture}"; }};\n{host}'
+
+
+def _deb(match: re.Match[str]) -> Deb:
+    url, file, size, sha256 = match.groups()
+    package, version, architecture = unquote(file).removesuffix(".deb").split("_")
+    return Deb(package=package, version=version, architecture=architecture, url=url,
+               size=int(size), sha256=sha256)
 
 
 def _cure(said: str) -> str:
-    if "NO_PUBKEY" in said or "not signed" in said:
+    if "NO_PUBKEY" in said or "not signed" in said or "signatures were invalid" in said:
         return "the recipe's keyring does not sign this archive: install the distribution's keyring"
-    if "Release" in said and "expired" in said:
-        return "the archive's Release file is out of date: use another mirror"
+    if "is expired" in said or "not valid yet" in said:
+        return "the archive's Release file is out of date: use another mirror, or mend the clock"
+    if "Hash Sum mismatch" in said or "unexpected size" in said:
+        return "the mirror is being updated, or something on the way alters files: try again later"
     return "is the network there? the host's apt configuration and proxies are used"
 
 
@@ -233,25 +242,26 @@ def resolve(request: Request, directory: Path) -> Lock:
     """Resolve a request with apt below `directory`. Needs the network."""
     apt = Apt(directory, request.archives, request.architecture)
     apt.update()
-    files: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, Deb]] = {}
     for name, group in request.groups.items():
         if group.alone:
-            files[name] = {file: url for package in group.packages
-                           for file, url in apt.candidate(package).items()}
+            found[name] = apt.candidates(group.packages)
             continue
-        below, wanted = group.on, list(group.packages)
-        while below is not None:
-            wanted += request.groups[below].packages
-            below = request.groups[below].on
-        found = apt.closure(wanted)
-        below = group.on
-        while below is not None:
-            found = {file: url for file, url in found.items() if file not in files[below]}
-            below = request.groups[below].on
-        files[name] = found
-    everything = {file: url for found in files.values() for file, url in found.items()}
-    debs = {f"{deb.package}_{deb.version.replace(':', '%3a')}_{deb.architecture}.deb": deb
-            for deb in apt.describe(everything)}
-    groups = {name: tuple(sorted((debs[file] for file in found), key=lambda deb: deb.package))
-              for name, found in files.items()}
+        below = _below(request, group)
+        stack = (group, *(request.groups[other] for other in below))
+        local = [deb.path for one in stack for deb in one.files]
+        wanted = [*(package for one in stack for package in one.packages), *local]
+        there = {file for other in below for file in found[other]}
+        found[name] = {file: deb for file, deb in apt.closure(wanted).items()
+                       if file not in there and deb.url.removeprefix("file:") not in local}
+    groups = {name: tuple(sorted(debs.values(), key=lambda deb: deb.package))
+              for name, debs in found.items()}
     return Lock(recipe=request.recipe, request=request.identity, groups=groups)
+
+
+def _below(request: Request, group: Group) -> list[str]:
+    names: list[str] = []
+    while group.on is not None:
+        names.append(group.on)
+        group = request.groups[group.on]
+    return names

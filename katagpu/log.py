@@ -73,8 +73,7 @@ def size(count: int) -> str:
 class Record:
     """The build record: what ran, hit or miss and why, and how long it took.
 
-    Times are wall and CPU seconds; CPU seconds are those of finished child processes, so they are
-    exact only for steps that do not overlap.
+    Times are wall seconds; CPU seconds of a stage's sandboxes are in its action's record.
     """
 
     def __init__(self) -> None:

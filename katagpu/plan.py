@@ -6,6 +6,7 @@ key by content, so a stage that runs again and puts out the same bytes stops the
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from katagpu import keys, log, sandbox
-from katagpu.errors import CorruptBlob
-from katagpu.run import cpu_seconds
+from katagpu.errors import CorruptBlob, UserError
 from katagpu.stages.api import Build, Stage
 from katagpu.store import Action, Output, Store, writing
 
+_DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 TRIES = 3  # a damaged blob is dropped and remade; more than two of them is a broken disk
 
 
@@ -59,7 +60,11 @@ class Plan:
             if found is None:
                 return None
             identities[role] = found.outputs[ref.output].identity
-        return stage.key(identities)
+        try:
+            return stage.key(identities)
+        except OSError as refusal:
+            raise UserError(f"{name}: cannot read {refusal.filename}: {refusal.strerror}",
+                            hint="the recipe, or the repository, names it") from None
 
     def action(self, name: str) -> Action | None:
         """The stage's action, if it is a hit."""
@@ -74,6 +79,7 @@ class Plan:
             action = self.store.action(digest)
             if action is not None:
                 self._known[name] = (digest, action)
+                self.store.touch(digest)
             return action
 
     def forget(self) -> None:
@@ -124,14 +130,14 @@ class Plan:
         with writing(self.logs):
             self.logs.mkdir(parents=True, exist_ok=True)
             logfile.write_text("")
-        started, cpu = time.monotonic(), cpu_seconds()
-        with (log.step(f"{name}: {stage.title}", hit=False, reason=reason),
+        started = time.monotonic()
+        with (log.step(f"{name}: {stage.title}", stage=name, hit=False, reason=reason),
               writing(self.store.root),
               self.store.staging(name, sandbox.remove) as scratch):
             build = Build(stage, self.store, inputs, scratch, logfile, ccache=self.ccache)
             stage.make(build)
             return build.finish(key, {"wall": round(time.monotonic() - started, 2),
-                                      "cpu": round(cpu_seconds() - cpu, 2), "reason": reason})
+                                      "cpu": round(build.cpu, 2), "reason": reason})
 
     # why
 
@@ -164,20 +170,27 @@ class Plan:
             yield f"{stage}: hit" if state == "hit" else f"{stage}: miss: {state}"
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for name, child in value.items():
             yield from _leaves(child, f"{path}.{name}" if path else name)
     else:
-        text = str(value)
-        short = text if len(text) <= 48 else text[:12] + "…" + text[-12:]
-        yield path, short
+        yield path, value
+
+
+def _short(value: Any) -> str:
+    text = _DIGEST.sub(lambda found: found[0][:12], str(value))
+    return text if len(text) <= 60 else text[:40] + "…" + text[-19:]
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """The fields in which two keys differ, as `field: old → new`."""
+    """The fields in which two keys differ, as `field: old → new`; of lists only what differs."""
     before, after = dict(_leaves(dict(old))), dict(_leaves(dict(new)))
     for field in dict.fromkeys([*before, *after]):
         was, now = before.get(field, "absent"), after.get(field, "absent")
-        if was != now:
-            yield f"{field}: {was} → {now}"
+        if was == now:
+            continue
+        if isinstance(was, list) and isinstance(now, list) and sorted(was) != sorted(now):
+            was, now = ([item for item in was if item not in now],
+                        [item for item in now if item not in was])
+        yield f"{field}: {_short(was)} → {_short(now)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from typing import Any
 
 from doit.reporter import ConsoleReporter
@@ -26,16 +25,15 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]  # doit has no type hints
 
     def add_failure(self, task: Any, fail: Any) -> None:
         """The error's own words; a traceback only where it is a fault of ours."""
-        if not fail.report:
-            return
-        cause = getattr(fail, "exception", None) or getattr(fail, "cause", None)
+        name = task.name.lstrip("_").removeprefix("stage:")
+        cause = getattr(fail, "cause", None)
         if isinstance(cause, KatagpuError):
-            log.error(f"{task.name.lstrip('_')}: {cause}")
-        elif isinstance(cause, BaseException):
-            log.error(f"{task.name}: a fault in katagpu, please report it")
-            log.say("".join(traceback.format_exception(cause)))
-        else:
-            log.error(f"{task.name.lstrip('_')}: {fail.get_msg()}")
+            log.error(f"{name}: {cause}")
+        elif fail.traceback:
+            log.error(f"{name}: a fault in katagpu, please report it with these lines:\n"
+                      + "".join(fail.traceback))
+        elif fail.report:
+            log.error(f"{name}: {fail.get_msg().strip()}")
 
     def complete_run(self) -> None:
         """Errors were shown as they came."""

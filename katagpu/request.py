@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from msgspec import to_builtins
 
-from katagpu.keys import digest
-from katagpu.lock import FORMAT, Archive, Group, Request, host_archive
+from katagpu.keys import digest, file_digest
+from katagpu.lock import FORMAT, Archive, Group, LocalDeb, Request, host_archive
 from katagpu.schema import (
     Capability,
     DriverSource,
@@ -13,6 +15,7 @@ from katagpu.schema import (
     KernelModule,
     KernelSource,
     Recipe,
+    ToolkitSource,
 )
 
 ESSENTIAL = "?essential"  # apt-patterns(7)
@@ -50,8 +53,8 @@ DRIVER_SOURCE = {KernelModule.OPEN: "nvidia-open-kernel-source",
                  KernelModule.CLOSED: "nvidia-kernel-source"}
 
 
-def groups(recipe: Recipe) -> dict[str, Group]:
-    """The groups of packages of a recipe."""
+def groups(recipe: Recipe, root: Path) -> dict[str, Group]:
+    """The groups of packages of a recipe; `root` is the repository."""
     extra = recipe.rootfs.extra_packages
     shipped = (*recipe.rootfs.packages, *(extra if recipe.rootfs.keep_extra_pkgs else ()))
     rpm = ("rpm",) if recipe.kernel.headers is Headers.RPM else ()
@@ -67,6 +70,10 @@ def groups(recipe: Recipe) -> dict[str, Group]:
         assert recipe.kernel.package is not None
         version = f"={recipe.kernel.version}" if recipe.kernel.version else ""
         found["kernel_source"] = Group(packages=(recipe.kernel.package + version,), alone=True)
+    if recipe.toolkit.source is ToolkitSource.DEBS:
+        files = tuple(LocalDeb(path=str((root / deb).resolve()), sha256=file_digest(root / deb))
+                      for deb in recipe.toolkit.debs)
+        found["toolkit"] = Group(files=files, on="base")
     driver = recipe.driver
     if driver.source is DriverSource.DEBIAN:
         wanted = [package for capability in Capability if capability in driver.capabilities
@@ -74,7 +81,8 @@ def groups(recipe: Recipe) -> dict[str, Group]:
         version = f"={driver.version}*"
         names = tuple(package if package == "nvidia-persistenced" else package + version
                       for package in dict.fromkeys([*wanted, *DRIVER_ALWAYS]))
-        found["driver_user"] = Group(packages=names, on="base")
+        found["driver_user"] = Group(packages=names,
+                                     on="toolkit" if "toolkit" in found else "base")
         source = DRIVER_SOURCE[driver.kernel_module]
         found["driver_source"] = Group(packages=(source + version,), alone=True)
     return found
@@ -100,13 +108,16 @@ def _suites(suite: str, maintained: bool) -> tuple[str, ...]:
     return (suite, f"{suite}-updates") if maintained else (suite,)
 
 
-def identity(recipe: Recipe) -> str:
-    """Digest of what a recipe asks for; where this host reaches the archives is not part of it."""
+def identity(recipe: Recipe, root: Path) -> str:
+    """Digest of what a recipe asks for; where this host has it is not part of that."""
+    wanted = to_builtins(groups(recipe, root))
+    for group in wanted.values():
+        group["files"] = [deb["sha256"] for deb in group["files"]]
     return digest({"format": FORMAT, "distribution": to_builtins(recipe.distribution),
-                   "groups": to_builtins(groups(recipe))})
+                   "groups": wanted})
 
 
-def request(recipe: Recipe) -> Request:
+def request(recipe: Recipe, root: Path) -> Request:
     """The whole request of a recipe, with the addresses for this host."""
-    return Request(recipe=recipe.name, identity=identity(recipe), architecture="amd64",
-                   archives=archives(recipe), groups=groups(recipe))
+    return Request(recipe=recipe.name, identity=identity(recipe, root), architecture="amd64",
+                   archives=archives(recipe), groups=groups(recipe, root))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import resource
 import shlex
 import signal
 import subprocess
@@ -168,9 +167,3 @@ def failure(
     where = f"\n  whole log: {log}" if log is not None else ""
     command = shlex.join(str(word) for word in (again or argv))
     return StepError(f"{argv[0]} ended with {how}:\n{said}{where}", hint=f"run it again: {command}")
-
-
-def cpu_seconds() -> float:
-    """CPU seconds (user + system) of all finished children so far."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime

@@ -67,6 +67,14 @@ class Entry:
         """Where the root is assembled."""
         return self.scratch / "mnt"
 
+    @property
+    def cpu(self) -> float:
+        """CPU seconds (user + system) of what has run in it, once it has ended."""
+        try:
+            return float((self.scratch / "usage").read_text())
+        except (OSError, ValueError):
+            return 0.0
+
 
 def rootless() -> bool:
     """Are we an ordinary user, who needs a user namespace?"""
@@ -130,6 +138,7 @@ def _spec(entry: Entry) -> Path:
     entry.mount.mkdir(exist_ok=True)
     spec = {"argv": list(entry.argv), "env": {**CLEAN, "HOME": "/root", **entry.env},
             "cwd": entry.cwd, "hostname": HOST_NAME, "mount": str(entry.mount),
+            "usage": str(entry.scratch / "usage"),
             "stay": entry.stay, "roots": roots,
             "binds": [{"source": str(item.source), "target": item.target,
                        "writable": item.writable} for item in entry.binds]}

@@ -159,6 +159,9 @@ class Kernel(Section, frozen=True, kw_only=True):
     version: Annotated[KernelVersion | None, Meta(description=(
         "release of kernel.org, for example `\"6.12.30\"`; or the version of `package`, where "
         "not the newest"))] = None
+    releases: Annotated[Url | None, Meta(description=(
+        "address below which kernel.org's releases lie, for a mirror (source: kernel.org); null: "
+        "kernel.org's own"))] = None
     features: Annotated[tuple[str, ...], Meta(description=(
         "optional parts of the kernel, by the files in kernel-configs/features"))] = ()
     fragments: Annotated[tuple[str, ...], Meta(description=(

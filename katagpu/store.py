@@ -284,8 +284,7 @@ class Store:
             for stale in (self.root / "staging").glob("*.lock"):
                 self._sweep(stale, remove)
             path = self.root / "staging" / f"{name}-{os.getpid()}-{time.monotonic_ns():x}"
-            handle = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            handle = _own(path.with_name(f"{path.name}.lock"))
             path.mkdir()
         try:
             yield path
@@ -301,10 +300,11 @@ class Store:
             return
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            directory = lock.with_suffix("")
-            if directory.exists():
-                remove(directory)
-            lock.unlink(missing_ok=True)
+            if _is(handle, lock):
+                directory = lock.with_suffix("")
+                if directory.exists():
+                    remove(directory)
+                lock.unlink()
         except BlockingIOError:
             pass
         finally:
@@ -352,6 +352,24 @@ class Store:
             if path.read_text().strip() not in keep:
                 path.unlink()
         return before - self.usage()
+
+
+def _own(path: Path) -> int:
+    """Create and lock a file. A sweep may take it away between the two: then once more."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if _is(handle, path):
+            return handle
+        os.close(handle)
+
+
+def _is(handle: int, path: Path) -> bool:
+    """Is the open file still the one at `path`?"""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def clone_or_copy(source: int, target: int) -> None:

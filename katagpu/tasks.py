@@ -9,14 +9,20 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from katagpu import log
-from katagpu.errors import KatagpuError, Status
+from katagpu.errors import KatagpuError, Status, StepError
+from katagpu.run import die_cleanly_on_signals
+
+if TYPE_CHECKING:
+    from katagpu.context import Context
 
 Task = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
+DEFAULT = "build_image"
 
 # Public tasks and the stages that they make.
 STAGES: Mapping[str, tuple[str, ...]] = {
@@ -34,11 +40,13 @@ def config() -> dict[str, Any]:
     """doit's settings: no state on disk, stages side by side in threads, our reporter."""
     from katagpu.reporter import Reporter
 
+    die_cleanly_on_signals()
     return {"dep_file": ":memory:", "backend": "sqlite3", "reporter": Reporter, "verbosity": 2,
-            "default_tasks": ["build_image"], "num_process": 3, "par_type": "thread"}
+            "default_tasks": [DEFAULT], "num_process": 3, "par_type": "thread",
+            "subtasks": True}  # `doit list` shows cache:list and its like too
 
 
-def _context() -> Any:
+def _context() -> Context:
     from katagpu.current import context
 
     return context()
@@ -62,6 +70,18 @@ def work(function: Callable[..., None]) -> Callable[..., Any]:
     return action
 
 
+def answer(function: Callable[[], bool]) -> Callable[[], bool]:
+    """An `uptodate` question: one that cannot be answered is a no, and the action says why."""
+
+    def ask() -> bool:
+        try:
+            return function()
+        except KatagpuError:
+            return False
+
+    return ask
+
+
 def plain(function: Callable[..., None], doc: str, **more: Any) -> Task:
     """A task that always runs."""
     return {"actions": [work(function)], "doc": doc, "io": {"capture": False}, "uptodate": [False],
@@ -71,56 +91,56 @@ def plain(function: Callable[..., None], doc: str, **more: Any) -> Task:
 def stage_tasks() -> Iterator[Task]:
     """The hidden tasks, one for each stage, and the lock that all of them need."""
     context = _context()
-    yield {"basename": "_lock", "actions": [work(context.make_lock)], "io": {"capture": False},
-           "task_dep": ["_host"], "uptodate": [lambda: context.locked() is not None]}
     yield {"basename": "_host", "actions": [work(_host)], "io": {"capture": False}}
+    yield {"basename": "_lock", "actions": [work(context.make_lock)], "io": {"capture": False},
+           "task_dep": ["_host"], "uptodate": [answer(lambda: context.locked() is not None)]}
     for name, stage in context.sketch().items():
         needs = dict.fromkeys(f"_stage:{ref.stage}" for ref in stage.inputs.values())
         yield {"basename": "_stage", "name": name, "doc": stage.title,
-               "actions": [work(lambda name=name: context.ensure(name))],
+               "actions": [work(partial(context.ensure, name))],
                "io": {"capture": False}, "task_dep": ["_lock", *needs],
-               "uptodate": [lambda name=name: context.plan.action(name) is not None]}
+               "uptodate": [answer(partial(context.made, name))]}
 
 
 def _host() -> None:
+    """What a build needs of the host; a build with nothing to do opens no sandbox."""
     from katagpu import hostsetup, sandbox
 
     hostsetup.ensure_host()
     context = _context()
-    if context.locked() is None or not _everything_made(context):
+    if context.locked() is None or not context.made("manifest"):
         sandbox.probe()
-
-
-def _everything_made(context: Any) -> bool:
-    return context.plan.action("manifest") is not None
 
 
 def build(name: str, doc: str) -> Task:
     """A public build task: makes its stages, and restores its artifacts into out/."""
     context = _context()
-    known = context.sketch()
-    wanted = [stage for stage in STAGES[name] if stage in known]
+    wanted = [stage for stage in STAGES[name] if stage in context.sketch()]
+
+    def ready() -> str:
+        return f"{name}: up to date in {os.path.relpath(context.directory)}/"
 
     def finish() -> None:
         from katagpu import artifacts
 
         context.restore(name)
-        context.finish(name)
+        context.finish(name, wanted)
         context.outcome.announce(artifacts.of(context.recipe, name))
-        if name == "build_image":
+        if name == DEFAULT:
             context.usage()
-
-    def ready() -> str:
-        return f"{name}: up to date in {os.path.relpath(context.directory)}/"
+        context.sign(name, ready())
 
     def up_to_date() -> bool:
         from katagpu import artifacts
 
-        return bool(context.outcome.complete(artifacts.of(context.recipe, name)))
+        complete = context.outcome.complete(artifacts.of(context.recipe, name))
+        if complete:
+            context.sign(name, ready())
+        return complete
 
     return {"actions": [work(finish)], "doc": doc, "io": {"capture": False},
             "task_dep": ["_lock", *(f"_stage:{stage}" for stage in wanted)],
-            "uptodate": [up_to_date], "meta": {"ready": ready}}
+            "uptodate": [answer(up_to_date)], "meta": {"ready": ready}}
 
 
 def setup() -> Task:
@@ -158,37 +178,48 @@ def cache() -> Iterator[Task]:
                "name": name}
 
 
+def bench() -> Task:
+    """Measure."""
+
+    def measure() -> None:
+        from katagpu import bench
+
+        bench.main(_context())
+
+    return plain(measure, "measure: no-op, restore, stages, image size (all=1: also changes)",
+                 task_dep=[DEFAULT])
+
+
 def program(*argv: str, doc: str) -> Task:
-    """A task that runs a program of the environment on the repository."""
+    """A task that runs programs of the environment on the repository."""
 
     def run() -> None:
-        import subprocess
-
-        from katagpu.errors import StepError
-
         for line in argv:
-            words = [str(Path(sys.executable).parent / line.split()[0]), *line.split()[1:]]
-            if subprocess.run(words, cwd=ROOT, check=False).returncode != 0:
-                raise StepError(f"{line} found something")
+            _call(line.split(), f"{line} found something")
 
     return plain(run, doc)
 
 
-def test() -> Iterator[Task]:
+def test() -> Task:
     """The fast suite, then the default build and its checks; with all=1 everything."""
-    everything = _context().values.get("all", "0") != "0"
 
     def run() -> None:
-        import subprocess
+        everything = _context().values.get("all", "0") != "0"
+        log.say("> the test suite" + (", with the long tests" if everything else ""))
+        chosen = [] if everything else ["-m", "not slow"]
+        _call(["pytest", "-q", "tests", "--ignore=tests/default", *chosen], "the suite failed")
+        _call(["python", "-m", "katagpu", "build_image"], "the default build failed")
+        if (ROOT / "tests/default").is_dir():
+            log.say("> the checks of the default guest")
+            _call(["pytest", "-q", "tests/default"], "the default guest's checks failed")
 
-        from katagpu.errors import StepError
+    return plain(run, "the fast suite, then the default build and its checks (all=1: long ones)")
 
-        log.say("> the test suite" + (" with the long tests" if everything else ""))
-        argv = [sys.executable, "-m", "pytest", "-q", "tests"]
-        if not everything:
-            argv += ["-m", "not slow"]
-        if subprocess.run(argv, cwd=ROOT, check=False).returncode != 0:
-            raise StepError("the test suite failed")
 
-    yield {**plain(run, "the test suite, then the default build and its checks (all=1: long ones)"),
-           "basename": "test", "task_dep": ["build_image"]}
+def _call(words: list[str], failed: str) -> None:
+    """Run a program of the environment, its output on ours."""
+    import subprocess
+
+    argv = [str(Path(sys.executable).parent / words[0]), *words[1:]]
+    if subprocess.run(argv, cwd=ROOT, check=False).returncode != 0:
+        raise StepError(failed)

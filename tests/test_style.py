@@ -24,7 +24,7 @@ LAYERS = (
      "reporter"),
     ("schema", "recipe", "recipe_docs", "lock", "request", "hostsetup"),
     ("kconfig", "kconfig_expr", "kconfig_tree", "kconfig_explain", "patches", "disk", "newc",
-     "filesystem", "agent", "guestfiles", "kataconfig", "kernelorg"),
+     "filesystem", "agent", "nvconftest", "guestfiles", "kataconfig", "kernelorg"),
     ("check", "inside"),
     ("stages",),
     ("plan", "guest"),

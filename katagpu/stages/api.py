@@ -90,6 +90,7 @@ class Build:
         self.ccache = ccache
         self.outputs: dict[str, Output] = {}
         self.facts: dict[str, Any] = {}
+        self.cpu = 0.0
         self._entries = 0
 
     # inputs
@@ -163,13 +164,16 @@ class Build:
             if path.exists():
                 self.store.put(path, job.sha256)
 
-    def repository(self, group: str) -> Path:
-        """A directory that is a flat apt repository of a group's packages."""
+    def repository(self, group: str, files: Sequence[Path] = ()) -> Path:
+        """A directory that is a flat apt repository of a group's packages and of `files`."""
         from katagpu.stages import repository
 
         directory = self.scratch / f"repository-{group}"
         if not directory.exists():
-            repository.lay(directory, self.stage.packages[group], self.debs(group))
+            known = {deb.sha256: path for deb, path in
+                     zip(self.stage.packages[group], self.debs(group), strict=True)}
+            given = {keys.file_digest(path): path for path in files}
+            repository.lay(directory, {**known, **given})
         return directory
 
     # work
@@ -193,7 +197,10 @@ class Build:
         entry = Entry(argv=argv, roots=roots, scratch=self.directory(f"entry{self._entries}"),
                       binds=binds, cwd=cwd, network=network,
                       env={"SOURCE_DATE_EPOCH": str(EPOCH), "TZ": "UTC", **(env or {})})
-        return sandbox.enter(entry, log=self.log, capture=capture, check=check)
+        try:
+            return sandbox.enter(entry, log=self.log, capture=capture, check=check)
+        finally:
+            self.cpu += entry.cpu
 
     def inside(self, operation: str, roots: Sequence[Root], **arguments: Any) -> Any:
         """Call a function of `katagpu.inside` in the namespace that owns a root's files.
@@ -209,8 +216,10 @@ class Build:
                                        "answer": str(answer), "arguments": arguments}))
         code = f"import sys; sys.path.insert(0, {str(keys.PACKAGE.parent)!r}); " \
                "from katagpu.inside import main; main(sys.argv[1])"
-        sandbox.enter(Entry(argv=[sys.executable, "-I", "-c", code, str(request)], roots=roots,
-                            scratch=scratch, stay=True), log=self.log)
+        entry = Entry(argv=[sys.executable, "-I", "-c", code, str(request)], roots=roots,
+                      scratch=scratch, stay=True)
+        sandbox.enter(entry, log=self.log)
+        self.cpu += entry.cpu
         return json.loads(answer.read_text())
 
     def compiler_cache(self, name: str, compiler: str) -> tuple[list[Bind], dict[str, str]]:

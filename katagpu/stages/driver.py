@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from katagpu import patches
+from katagpu import nvconftest, patches
 from katagpu.errors import StepError
 from katagpu.lock import Lock
 from katagpu.run import run
@@ -16,7 +16,7 @@ from katagpu.sandbox import Bind, Root
 from katagpu.schema import Capability, KernelModule, Recipe
 from katagpu.stages.api import Build, Ref, Stage, jobs
 from katagpu.stages.kernel import ARCH, environment, patch, patch_files
-from katagpu.store import Kind
+from katagpu.store import Kind, writing
 
 MODULE = "stages.driver"
 DRIVER = "/katagpu/driver"
@@ -71,12 +71,18 @@ def make_modules(build: Build) -> None:
     patch(build, TARGETS[flavour], build.options["version"], headers / place.lstrip("/"), source)
     ccache, env = environment(build, "driver")
     layers = [build.tree("build_layer")] if "build_layer" in build.inputs else []
+    results = build.store.root / "ccache/conftest" / nvconftest.key(
+        source, *(output.identity for name, output in sorted(build.inputs.items())))
+    build.facts["conftest_kept"] = build.ccache and nvconftest.restore(results, source)
     roots = [Root(lower=(*layers, build.tree("toolchain")), upper=build.directory("upper"))]
     binds = [Bind(source=headers / place.lstrip("/"), target=place),
              Bind(source=source, target=DRIVER, writable=True), *ccache]
     build.enter(["make", ARCH, f"-j{jobs()}", f"SYSSRC={place}", f"SYSOUT={place}", "CC=gcc",
                  f"NV_EXCLUDE_KERNEL_MODULES={' '.join(build.options['excluded'])}", "modules"],
                 roots, binds=binds, env=env, cwd=DRIVER)
+    if build.ccache:
+        with writing(build.store.root):
+            nvconftest.keep(source, results, build.scratch)
     built = sorted(source.glob("*.ko"))
     if not any(path.name == "nvidia.ko" for path in built):
         raise StepError(f"make succeeded, but there is no nvidia.ko; log: {build.log}")

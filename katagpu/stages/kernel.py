@@ -1,4 +1,4 @@
-"""The guest's kernel: source, configuration with its audit, and the build with its headers.
+"""The guest's kernel: configuration with its audit, and the build with its headers.
 
 The tree is never packed: the stored source is the tarball, and one disposable unpacked copy is
 shared read-only by all builds, which put their objects elsewhere (`O=`).
@@ -6,17 +6,17 @@ shared read-only by all builds, which put their objects elsewhere (`O=`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from katagpu import kconfig, log, patches
+from katagpu.check import elf
 from katagpu.errors import StepError
 from katagpu.keys import digest
 from katagpu.lock import Lock
 from katagpu.run import PATH, run
 from katagpu.sandbox import Bind, Root
-from katagpu.schema import Recipe
+from katagpu.schema import Headers, Recipe
 from katagpu.stages.api import Build, Ref, Stage, jobs
 from katagpu.store import Kind
 from katagpu.tree import EPOCH
@@ -29,31 +29,10 @@ BUILD = f"{AREA}/build"  # packages are written to its parent
 OUT = "/katagpu/out"
 TOOLCHAIN = Ref(stage="toolchain", output="root")
 TARBALL = Ref(stage="kernel_source", output="tarball")
-MAINTAINER = "katagpu <katagpu@localhost>"
 # What kbuild would stamp into the image (Documentation/kbuild/reproducible-builds.rst). The date is
 # EPOCH, and the C locale keeps its words English.
 STAMPS = {"KBUILD_BUILD_USER": "katagpu", "KBUILD_BUILD_HOST": "katagpu",
           "KBUILD_BUILD_VERSION": "1", "KBUILD_BUILD_TIMESTAMP": f"@{EPOCH}"}
-
-
-def source(recipe: Recipe, lock: Lock) -> Stage:
-    """The verified tarball, from the suite's source package."""
-    assert recipe.kernel.package is not None
-    return Stage(name="kernel_source", title="kernel source", module=MODULE, make=make_source,
-                 outputs={"tarball": Kind.FILE}, options={"package": recipe.kernel.package},
-                 packages={"packages": lock.group("kernel_source")})
-
-
-def make_source(build: Build) -> None:
-    """Take the tarball out of the source package."""
-    (deb,) = build.debs("packages")
-    content = build.directory("deb")
-    run(["dpkg-deb", "--extract", deb, content], log=build.log)
-    name = build.options["package"]
-    found = sorted((content / "usr/src").glob(f"{name}.tar.*"))
-    if len(found) != 1:
-        raise StepError(f"{name} does not contain one tarball usr/src/{name}.tar.*")
-    build.put_file("tarball", found[0])
 
 
 def patch_files(root: Path, target: patches.Target) -> dict[str, Path]:
@@ -104,7 +83,7 @@ def _root(build: Build, extra: Sequence[Path] = ()) -> list[Root]:
 
 
 def make_config(build: Build) -> None:
-    """allnoconfig + fragments + olddefconfig, then the audit. Raises when a request was dropped."""
+    """allnoconfig with the fragments, then the audit. Raises when a request was dropped."""
     source_tree = tree(build)
     work = build.directory("build")
     names: Sequence[str] = build.options["fragments"]
@@ -115,14 +94,15 @@ def make_config(build: Build) -> None:
         place = f"/katagpu/fragments/{index:02d}-{Path(name).name}"
         binds.append(Bind(source=build.file(name), target=place))
         places.append(place)
+    # -n: fragments are applied to allnoconfig while it is made. On a finished configuration each
+    # symbol that a fragment makes visible would take its default, and hundreds are on by default.
     steps: list[list[str]] = [
-        ["make", "-C", SOURCE, f"O={BUILD}", ARCH, "allnoconfig"],
-        [f"{SOURCE}/scripts/kconfig/merge_config.sh", "-m", "-O", BUILD, f"{BUILD}/.config",
-         *places],
+        ["make", "-C", SOURCE, f"O={BUILD}", ARCH, "outputmakefile"],
+        [f"{SOURCE}/scripts/kconfig/merge_config.sh", "-n", "-O", BUILD, *places],
         ["make", "-C", SOURCE, f"O={BUILD}", ARCH, "olddefconfig"],
     ]
     for argv in steps:
-        build.enter(argv, _root(build), binds=binds, cwd=BUILD)
+        build.enter(argv, _root(build), binds=binds, cwd=BUILD, env={"ARCH": "x86_64"})
     findings = kconfig.audit(
         kconfig.load_fragments(build.file(name) for name in names), work / ".config", source_tree,
         "x86_64", kconfig.load_allowances(build.file("allow")))
@@ -136,12 +116,15 @@ def make_config(build: Build) -> None:
 def kernel(recipe: Recipe, lock: Lock, root: Path) -> Stage:
     """The kernel, its modules and its headers package."""
     version = lock.version("kernel_source", recipe.kernel.package or "")
+    outputs = {name: Kind.FILE for name in ("vmlinuz", "vmlinux", "system_map", "symvers",
+                                            "release", "headers")}
+    rpm = recipe.kernel.headers is Headers.RPM
+    if rpm:
+        outputs["headers_rpm"] = Kind.FILE
     return Stage(name="kernel", title="kernel and headers", module=MODULE, make=make_kernel,
-                 outputs={"vmlinuz": Kind.FILE, "vmlinux": Kind.FILE, "system_map": Kind.FILE,
-                          "symvers": Kind.FILE, "release": Kind.FILE, "headers": Kind.FILE,
-                          "modules": Kind.TREE},
-                 options={"headers": str(recipe.kernel.headers), "stamps": STAMPS,
-                          "package_version": version or recipe.kernel.version},
+                 outputs={**outputs, "modules": Kind.TREE},
+                 options={"rpm": rpm, "stamps": STAMPS,
+                          "package_version": version or f"{recipe.kernel.version}-1"},
                  inputs={"toolchain": TOOLCHAIN, "tarball": TARBALL,
                          "config": Ref(stage="kernel_config", output="config")},
                  files=patch_files(root, patches.Target.KERNEL))
@@ -177,8 +160,11 @@ def make_kernel(build: Build) -> None:
     make("modules_install", f"INSTALL_MOD_PATH={OUT}/modules/usr", "INSTALL_MOD_STRIP=1",
          "DEPMOD=true")
     headers(build, work, binds, env, release)
+    installed = out / "modules/usr/lib/modules" / release
     for link in ("build", "source"):
-        (out / "modules/usr/lib/modules" / release / link).unlink(missing_ok=True)
+        (installed / link).unlink(missing_ok=True)
+    # What binds these modules to this kernel where it has no MODVERSIONS; `check` compares it.
+    (installed / "kernel-build-id").write_text(f"{elf.read_build_id(work / 'vmlinux')}\n")
     build.put_bytes("release", release.encode())
     for name, place in (("vmlinuz", "arch/x86/boot/bzImage"), ("vmlinux", "vmlinux"),
                         ("system_map", "System.map"), ("symvers", "Module.symvers")):
@@ -189,20 +175,34 @@ def make_kernel(build: Build) -> None:
 
 def headers(build: Build, work: Path, binds: Sequence[Bind], env: Mapping[str, str],
             release: str) -> None:
-    """Package linux-headers with the kernel's own packaging (`bindeb-pkg`'s rules).
+    """Package linux-headers with the kernel's own packaging.
 
-    mkdebian stamps the changelog with the clock (scripts/package/mkdebian): it is written again.
+    mkdebian and mkspec stamp their changelogs with date(1) (scripts/package): they get one of ours.
     """
-    version = build.options["package_version"]
-    debian = {"KDEB_PKGVERSION": version, "KDEB_CHANGELOG_DIST": "stable", "KDEB_COMPRESS": "xz",
-              "DEBFULLNAME": "katagpu", "DEBEMAIL": MAINTAINER, **env}
+    date = work.parent / "bin/date"
+    date.parent.mkdir()
+    date.write_text(f'#!/bin/sh\nexec /usr/bin/date --utc --date=@{EPOCH} "$@"\n')
+    date.chmod(0o755)
+    fixed = {**env, "PATH": f"{AREA}/bin:{env['PATH']}"}
+    debian = {"KDEB_PKGVERSION": str(build.options["package_version"]), "KDEB_COMPRESS": "xz",
+              "KDEB_CHANGELOG_DIST": "stable", "DEBFULLNAME": "katagpu",
+              "DEBEMAIL": "katagpu@localhost", **fixed}
     build.enter(["make", ARCH, "debian"], _root(build), binds=binds, env=debian, cwd=BUILD)
-    changelog = work / "debian/changelog"
-    text = re.sub(r"^( -- .*>  ).*$", r"\g<1>Wed, 01 Jan 2025 00:00:00 +0000",
-                  changelog.read_text(), flags=re.MULTILINE)
-    changelog.write_text(text)
     # build-arch is what was built above; binary-headers alone makes the one package.
     build.enter(["make", "-f", "debian/rules", "-o", "build-arch", "binary-headers"], _root(build),
                 binds=binds, env=debian, cwd=BUILD)
     (deb,) = sorted(work.parent.glob(f"linux-headers-{release}_*.deb"))
     build.put_file("headers", deb)
+    if build.options["rpm"]:
+        _headers_rpm(build, work, binds, fixed)
+
+
+def _headers_rpm(build: Build, work: Path, binds: Sequence[Bind], env: Mapping[str, str]) -> None:
+    """The kernel's binrpm-pkg: of its packages, `kernel-devel` is the one for module builds."""
+    defines = {"_buildhost": "katagpu", "use_source_date_epoch_as_buildtime": "1",
+               "clamp_mtime_to_source_date_epoch": "1", "source_date_epoch_from_changelog": "0"}
+    options = " ".join(f"--define='{name} {value}'" for name, value in defines.items())
+    build.enter(["make", ARCH, "binrpm-pkg", f"RPMOPTS={options}"], _root(build), binds=binds,
+                env=env, cwd=BUILD)
+    (rpm,) = sorted((work / "rpmbuild/RPMS").rglob("kernel-devel-*.rpm"))
+    build.put_file("headers_rpm", rpm)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-
-from katagpu.lock import Deb
 
 PLACE = "/katagpu/repository"  # where a sandbox sees it
 SOURCE = f"deb [trusted=yes] copy:{PLACE} ./"
 
 
-def lay(directory: Path, debs: Sequence[Deb], paths: Sequence[Path]) -> None:
-    """Put packages and their index into a new directory.
+def lay(directory: Path, debs: Mapping[str, Path]) -> None:
+    """Put packages (SHA-256 → file) and their index into a new directory.
 
     Their digests were checked against the lock, and the lock against the archive's signature, so
     the index carries no signature of its own.
@@ -23,15 +21,23 @@ def lay(directory: Path, debs: Sequence[Deb], paths: Sequence[Path]) -> None:
 
     directory.mkdir()
     paragraphs = []
-    for deb, path in zip(debs, paths, strict=True):
-        name = f"{deb.sha256}.deb"  # nothing in it that apt would quote
+    for digest, path in debs.items():
+        name = f"{digest}.deb"  # nothing in it that apt would quote
         try:
             os.link(path, directory / name)
         except OSError:
             shutil.copyfile(path, directory / name)
         control = DebFile(filename=str(path)).debcontrol()
         control["Filename"] = f"./{name}"
-        control["Size"] = str(deb.size)
-        control["SHA256"] = deb.sha256
+        control["Size"] = str(path.stat().st_size)
+        control["SHA256"] = digest
         paragraphs.append(control.dump())
     (directory / "Packages").write_text("\n".join(paragraphs))
+
+
+def name_of(path: Path) -> str:
+    """`package=version` of a package file, as apt-get installs it."""
+    from debian.debfile import DebFile
+
+    control = DebFile(filename=str(path)).debcontrol()
+    return f"{control['Package']}={control['Version']}"

@@ -87,8 +87,6 @@ def make_rootfs(build: Build) -> None:
         "hook_binary": "/usr/bin/nvidia-container-runtime-hook",
         "driver_layout": "debian", "multiarch": "x86_64-linux-gnu",
         "driver_version": (build.options["driver"] or {}).get("version", "")})
-    build.inside("record", plain, path=f"usr/lib/modules/{release}/kernel-build-id",
-                 text=f"{elf.read_build_id(build.blob('vmlinux'))}\n")
     binds = []
     if "agent" in build.inputs:
         binds.append(Bind(source=build.blob("agent"), target="/katagpu/kata-agent"))

@@ -44,12 +44,17 @@ def root(lock: Lock, name: str, title: str, *, slim: bool = False) -> Stage:
                  packages={"packages": lock.group(name)})
 
 
-def layer(lock: Lock, name: str, title: str, on: Sequence[Ref], *, slim: bool = False) -> Stage:
-    """A group of packages installed on top of a chain of trees (lowest first): what it adds."""
+def layer(lock: Lock, name: str, title: str, on: Sequence[Ref], *, slim: bool = False,
+          files: Sequence[Path] = ()) -> Stage:
+    """A group of packages installed on top of a chain of trees (lowest first): what it adds.
+
+    `files` are packages given as files, installed beside the group.
+    """
     inputs = {f"below{index}": ref for index, ref in enumerate(on)}
     return Stage(name=name, title=title, module=MODULE, make=make_layer,
                  outputs={"layer": Kind.TREE}, options={"dpkg": list(SLIM) if slim else []},
                  inputs={"stage0": Ref(stage="stage0", output="root"), **inputs},
+                 files={f"deb/{path.name}": path for path in files},
                  packages={"packages": lock.group(name)})
 
 
@@ -97,6 +102,8 @@ def install(build: Build, chain: tuple[Path, ...], upper: Path,
             dpkg: Sequence[str]) -> None:
     """apt-get install of the stage's packages into the overlay (`chain` topmost first)."""
     names = [f"{deb.package}={deb.version}" for deb in build.stage.packages["packages"]]
+    given = [path for name, path in build.stage.files.items() if name.startswith("deb/")]
+    names += [repository.name_of(path) for path in given]
     if not names:
         return
     state = build.directory("apt")
@@ -118,6 +125,7 @@ def install(build: Build, chain: tuple[Path, ...], upper: Path,
                 [Root(lower=(build.tree("stage0"),), upper=build.directory("tools")),
                  Root(lower=chain, upper=upper, target=TARGET)],
                 binds=[Bind(source=state, target=PLACE, writable=True),
-                       Bind(source=build.repository("packages"), target=repository.PLACE)],
+                       Bind(source=build.repository("packages", given),
+                            target=repository.PLACE)],
                 env={"APT_CONFIG": f"{PLACE}/apt.conf", "DEBIAN_FRONTEND": "noninteractive"})
 

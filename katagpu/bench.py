@@ -1,0 +1,188 @@
+"""What a build costs: ratios measured in turns against a yardstick, and times from the records."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from katagpu import artifacts, log, recipe
+from katagpu.errors import StepError
+from katagpu.schema import KernelModule
+
+if TYPE_CHECKING:
+    from katagpu.context import Context
+
+TASK = "build_image"
+TRIVIAL = """DOIT_CONFIG = {"default_tasks": ["nothing"]}
+
+
+def task_nothing():
+    return {"actions": ["true"], "uptodate": [True]}
+"""
+NO_OP, RESTORE, CHANGE = 1.7, 1.2, 1.15
+"""Targets: the most that a ratio should be."""
+IMAGE_SIZE = 300_000_000
+SCRATCH_LEAVES_OUT = ("out", ".git", ".venv", ".venv.lock", ".*_cache", "__pycache__")
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Wall seconds of one call."""
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def in_turns(first: Callable[[], object], second: Callable[[], object], rounds: int,
+             ) -> list[tuple[float, float]]:
+    """Wall seconds of both, in turns, after one round that does not count."""
+    first()
+    second()
+    return [(timed(first), timed(second)) for _ in range(rounds)]
+
+
+def ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    """The median of the ratios of pairs: a machine that drifts in speed moves both of a pair."""
+    return statistics.median(one / other for one, other in pairs)
+
+
+def ratio_line(what: str, pairs: Sequence[tuple[float, float]], target: float) -> str:
+    """One measured ratio with its medians, and whether it keeps its target."""
+    one = statistics.median(pair[0] for pair in pairs)
+    other = statistics.median(pair[1] for pair in pairs)
+    return f"{what}: {_verdict(ratio(pairs), target)}; {one:.3f} s over {other:.3f} s"
+
+
+def _verdict(found: float, target: float) -> str:
+    return f"{found:.2f} ({'within' if found <= target else 'MISSES'} {target})"
+
+
+def stage_lines(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A table of the wall and CPU seconds of stages, with their sums."""
+    yield f"{'stage':<16} {'wall s':>8} {'CPU s':>8}"
+    for name, record in records.items():
+        yield f"{name:<16} {record.get('wall', 0):8.1f} {record.get('cpu', 0):8.1f}"
+    sums = [sum(record.get(field, 0) for record in records.values()) for field in ("wall", "cpu")]
+    yield f"{'sum':<16} {sums[0]:8.1f} {sums[1]:8.1f}"
+
+
+def size_lines(image: int, parts: Mapping[str, int]) -> Iterator[str]:
+    """The image's size, and what takes the space in it before it is packed."""
+    yield f"image: {log.size(image)} (at most {log.size(IMAGE_SIZE)})"
+    total = sum(parts.values()) or 1
+    for name, size in sorted(parts.items(), key=lambda item: -item[1]):
+        yield f"{log.size(size):>10} {size / total:5.1%}  {name}"
+    yield f"{log.size(total):>10}         unpacked"
+
+
+def change_line(what: str, wall: float, build: Mapping[str, Any], needed: Sequence[str]) -> str:
+    """A rebuild's wall seconds over those of the stages that it needs alone, from its record."""
+    steps = {step["stage"]: step for step in build["steps"] if "stage" in step}
+    made = [name for name, step in steps.items() if not step.get("hit")]
+    alone = sum(steps[name]["wall"] for name in needed if name in made)
+    if not set(needed) <= set(made):
+        there = ", ".join(sorted(set(needed) - set(made)))
+        return f"{what}: not measured, the store has it already ({there})"
+    return (f"{what}: {_verdict(wall / alone, CHANGE)}; {wall:.1f} s over {alone:.1f} s of "
+            f"{', '.join(needed)}; made: {', '.join(made)}")
+
+
+def main(context: Context) -> None:
+    """Measure, and print. Raises `StepError` when something that is measured fails."""
+    print_lines([_no_op(context), _restore(context)])
+    records = {name: action.record for stage in ("image", "kata_config", "manifest")
+               for name in context.plan.closure(stage)
+               if (action := context.plan.action(name)) is not None}
+    print_lines(stage_lines(records))
+    image = context.plan.action("image")
+    assert image is not None, "build_image ran before"
+    sizes = json.loads(context.store.blob(image.outputs["sizes"].blob).read_bytes())
+    print_lines(size_lines(image.outputs["image"].size, sizes))
+    if context.values.get("all", "0") != "0":
+        _changes(context)
+
+
+def print_lines(lines: Sequence[str] | Iterator[str]) -> None:
+    """To stdout, where a measurement can be kept."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+def _call(argv: Sequence[str | Path], cwd: Path) -> None:
+    result = subprocess.run([str(word) for word in argv], cwd=cwd, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise StepError(f"{argv[0]} ended with {result.returncode}:\n{result.stderr[-2000:]}")
+
+
+def _no_op(context: Context, rounds: int = 9) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "dodo.py").write_text(TRIVIAL)
+        pairs = in_turns(
+            lambda: _call([context.root / "doitw", TASK], context.root),
+            lambda: _call([sys.executable, "-m", "doit"], Path(scratch)), rounds)
+    return ratio_line("nothing to do, over a trivial doit file", pairs, NO_OP)
+
+
+def _restore(context: Context, rounds: int = 5) -> str:
+    wanted = artifacts.of(context.recipe, TASK)
+    with tempfile.TemporaryDirectory(dir=context.root / "out", prefix=".bench-") as scratch:
+        ours, copy = Path(scratch) / "ours", Path(scratch) / "copy"
+
+        def restore() -> None:
+            artifacts.Outcome(ours, context.plan).restore(wanted)
+
+        def plain() -> None:
+            _call(["cp", "-a", "--reflink=auto", ours, copy], Path(scratch))
+
+        def empty() -> None:
+            os.sync()
+            for directory in (ours, copy):
+                shutil.rmtree(directory, ignore_errors=True)
+
+        pairs = []
+        for _ in range(rounds + 1):
+            empty()
+            pairs.append((timed(restore), timed(plain)))
+    return ratio_line("restore of all artifacts, over cp of the same files", pairs[1:], RESTORE)
+
+
+def _changes(context: Context) -> None:
+    """Changes of one thing, each in a copy of the repository on the same store."""
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch) / "copy"
+        shutil.copytree(context.root, root, symlinks=True,
+                        ignore=shutil.ignore_patterns(*SCRATCH_LEAVES_OUT))
+        place = root / context.directory.relative_to(context.root)
+        place.mkdir(parents=True)
+        shutil.copy(context.lock_path, place)
+        build = [sys.executable, "-m", "katagpu", f"recipe={context.recipe.name}"]
+        path = root / "recipes" / f"{context.recipe.name}.yaml"
+        was = context.recipe.driver.kernel_module
+        now = KernelModule.CLOSED if was is KernelModule.OPEN else KernelModule.OPEN
+        unit = next(path for path in sorted((root / "rootfs").rglob("*.service*"))
+                    if path.is_file())
+        with unit.open("a") as stream:
+            stream.write(f"\n# bench {time.time()}\n")
+        wall = timed(lambda: _call([*build, TASK], root))
+        print_lines([change_line("a file of rootfs/ changed", wall, _record(place),
+                                 ["rootfs", "image"])])
+        path.write_text(path.read_text().replace(f"kernel_module: {was}", f"kernel_module: {now}"))
+        assert recipe.load(path.stem, root).driver.kernel_module is now
+        resolving = timed(lambda: _call([*build, "lock"], root))
+        wall = timed(lambda: _call([*build, TASK], root))
+        print_lines([change_line(f"kernel_module {was} → {now}", wall, _record(place),
+                                 ["driver_modules", "image"]),
+                     f"  before that, resolving the packages anew took {resolving:.1f} s"])
+
+
+def _record(place: Path) -> Mapping[str, Any]:
+    record: dict[str, Any] = json.loads((place / "build-record.json").read_bytes())
+    return record

@@ -1,0 +1,43 @@
+"""The default guest as `./doitw build_image` left it. Run by `./doitw test` after that build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from katagpu import sandbox
+from katagpu.context import Context
+from katagpu.sandbox import Root
+from katagpu.stages import rootfs
+from katagpu.stages.api import Build
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def context() -> Context:
+    """The context of the default recipe, without any override of this environment."""
+    return Context(ROOT, {}, environment={})
+
+
+@pytest.fixture(scope="session")
+def guest(context: Context) -> Iterator[tuple[Build, Root]]:
+    """A build handle on the image stage's inputs, and the guest's root (read-only)."""
+    plan = context.plan
+    stage = plan.stages["image"]
+    inputs = {}
+    for role, ref in stage.inputs.items():
+        action = plan.action(ref.stage)
+        assert action is not None, f"{ref.stage} is not built: ./doitw build_image"
+        inputs[role] = action.outputs[ref.output]
+    with context.store.staging("tests", sandbox.remove) as scratch:
+        build = Build(stage, context.store, inputs, scratch, scratch / "log")
+        yield build, Root(lower=rootfs.stack(build), upper=build.directory("guest"))
+
+
+@pytest.fixture
+def guest_build(guest: tuple[Build, Root]) -> Build:
+    """The build handle alone."""
+    return guest[0]

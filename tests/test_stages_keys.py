@@ -1,0 +1,196 @@
+"""Which stages a change of the recipe, of the lock or of a file of the repository runs again.
+
+Only a stage's own key is compared: inputs have the same content on both sides.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace as dataclass_replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from katagpu import guest, keys, recipe, request
+from katagpu.lock import Deb, Lock
+from katagpu.recipe import (
+    Agent,
+    Capability,
+    Compression,
+    Headers,
+    ImageFormat,
+    KernelModule,
+    Recipe,
+    ToolkitSource,
+)
+from katagpu.stages.api import Stage
+
+Change = Callable[[Recipe], Recipe]
+
+
+def section(name: str, **fields: Any) -> Change:
+    """A recipe with other fields in one section."""
+    return lambda old: replace(old, **{name: replace(getattr(old, name), **fields)})
+
+
+def deb(name: str, version: str = "1") -> Deb:
+    """A locked package."""
+    return Deb(package=name, version=version, architecture="amd64", url=f"http://x/{name}", size=1,
+               sha256=keys.digest([name, version]))
+
+
+def locked(wanted: Recipe, root: Path, **other: str) -> Lock:
+    """A lock with one package for each group; `other` are other versions by group."""
+    groups = {name: (deb(f"{name}-package", other.get(name, "1")),)
+              for name in request.groups(wanted, root)}
+    return Lock(recipe=wanted.name, request="", groups=groups)
+
+
+def digests(stages: dict[str, Stage]) -> dict[str, str]:
+    """Each stage's action digest with inputs that are always the same."""
+    return {name: keys.digest(stage.key({role: f"{ref.stage}/{ref.output}"
+                                         for role, ref in stage.inputs.items()}))
+            for name, stage in stages.items()}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    """The stages whose digest differs, or that one side has not."""
+    return {name for name in {*before, *after} if before.get(name) != after.get(name)}
+
+
+@pytest.fixture(scope="module")
+def default() -> Recipe:
+    """The default recipe."""
+    return recipe.load("debian-trixie", keys.PACKAGE.parent)
+
+
+@pytest.fixture(scope="module")
+def root() -> Path:
+    """The repository."""
+    return keys.PACKAGE.parent
+
+
+@pytest.mark.parametrize(("change", "again"), [
+    (lambda old: replace(old, name="other"), {"manifest"}),
+    (section("distribution", mirror="http://elsewhere.example/debian"), set()),
+    (section("driver", kernel_module=KernelModule.CLOSED),
+     {"driver_modules", "rootfs", "manifest"}),
+    (section("driver", version="550.200"), {"driver_modules", "rootfs", "manifest"}),
+    (section("driver", capabilities=(Capability.COMPUTE,)), {"rootfs", "manifest"}),
+    (section("kernel", headers=Headers.RPM), {"kernel"}),
+    (section("kernel", features=("drm",)), {"kernel_config", "rootfs"}),
+    (section("toolkit", version="v1.18.0"), {"toolkit_source", "toolkit", "manifest"}),
+    (section("image", compression=Compression.LZ4HC), {"image", "rootfs", "manifest"}),
+    (section("image", level=9), {"image"}),
+    (section("image", dax_header=True), {"image", "kata_config", "manifest"}),
+    (section("image", format=ImageFormat.EXT4, compression=Compression.NONE),
+     {"image", "rootfs", "kata_config", "manifest"}),
+    (section("rootfs", packages=("curl",)), set()),  # it reaches base through the lock
+    (section("toolkit", source=ToolkitSource.NONE),
+     {"toolkit_source", "toolkit", "driver_user", "rootfs", "image", "initrd", "kata_config",
+      "manifest"}),
+], ids=["name", "mirror", "flavour", "driver version", "capabilities", "headers", "features",
+        "toolkit version", "compression", "level", "dax", "ext4", "packages", "no toolkit"])
+def test_what_a_recipe_s_change_runs_again(
+    default: Recipe, root: Path, change: Change, again: set[str],
+) -> None:
+    lock = locked(default, root)
+    before = digests(guest.stages(default, lock, root))
+    assert changed(before, digests(guest.stages(change(default), lock, root))) == again
+
+
+@pytest.mark.parametrize(("group", "again"), [
+    ("stage0", {"stage0"}), ("toolchain", {"toolchain"}), ("imagetools", {"imagetools"}),
+    ("base", {"base", "manifest"}), ("driver_user", {"driver_user", "manifest"}),
+    ("driver_source", {"driver_modules"}), ("kernel_source", {"kernel_source"}),
+])
+def test_what_a_new_package_runs_again(
+    default: Recipe, root: Path, group: str, again: set[str],
+) -> None:
+    before = digests(guest.stages(default, locked(default, root), root))
+    after = digests(guest.stages(default, locked(default, root, **{group: "2"}), root))
+    assert changed(before, after) == again
+
+
+@pytest.mark.parametrize(("pattern", "again"), [
+    ("rootfs/**/*.service*", {"rootfs"}),
+    ("kernel-configs/base/*.conf", {"kernel_config"}),
+    ("kernel-configs/features/*.conf", set()),
+    ("kernel-configs/allow.yaml", {"kernel_config"}),
+    ("patches/driver-open/*.patch", {"driver_modules"}),
+    ("patches/driver-closed/*.yaml", set()),
+    ("README.md", set()), ("docs/*.md", set()), ("dodo.py", set()), ("recipes/*.yaml", set()),
+])
+def test_what_an_edited_file_runs_again(
+    default: Recipe, root: Path, tmp_path: Path, pattern: str, again: set[str],
+) -> None:
+    copy = tmp_path / "copy"
+    for name in ("rootfs", "hooks", "kernel-configs", "patches", "recipes", "docs"):
+        shutil.copytree(root / name, copy / name)
+    for name in ("README.md", "dodo.py"):
+        shutil.copy(root / name, copy / name)
+    lock = locked(default, copy)
+    before = digests(guest.stages(default, lock, copy))
+    files = sorted(path for path in copy.glob(pattern) if path.is_file())
+    if not files:
+        pytest.skip(f"there is no {pattern}")
+    with files[0].open("a") as stream:
+        stream.write("\n# a comment\n")
+    assert changed(before, digests(guest.stages(default, lock, copy))) == again
+
+
+def test_where_the_repository_is_does_not_matter(
+    default: Recipe, root: Path, tmp_path: Path,
+) -> None:
+    copy = tmp_path / "elsewhere"
+    for name in ("rootfs", "hooks", "kernel-configs", "patches"):
+        shutil.copytree(root / name, copy / name)
+    lock = locked(default, root)
+    assert changed(digests(guest.stages(default, lock, root)),
+                   digests(guest.stages(default, lock, copy))) == set()
+
+
+def test_an_agent_is_in_its_own_key_by_content(
+    default: Recipe, root: Path, tmp_path: Path,
+) -> None:
+    lock = locked(default, root)
+    agent = tmp_path / "kata-agent"
+    agent.write_text("one")
+    with_agent = replace(default, agent=Agent(file=str(agent)))
+    before = digests(guest.stages(default, lock, root))
+    first = digests(guest.stages(with_agent, lock, root))
+    assert changed(before, first) == {"agent", "rootfs", "manifest"}
+    agent.write_text("two")
+    assert changed(first, digests(guest.stages(with_agent, lock, root))) == {"agent"}
+
+
+def test_extra_packages_are_a_layer_below_the_driver_only(default: Recipe, root: Path) -> None:
+    lock = locked(default, root)
+    extra = section("rootfs", extra_packages=("gcc", "make"))(default)
+    again = changed(digests(guest.stages(default, lock, root)),
+                    digests(guest.stages(extra, lock, root)))
+    assert again == {"build_layer", "driver_modules"}
+
+
+def test_no_key_has_an_address_or_a_path(default: Recipe, root: Path) -> None:
+    """The same lock made elsewhere is the same action."""
+    for name, stage in guest.stages(default, locked(default, root), root).items():
+        text = keys.canonical(stage.key({})).decode()
+        assert "http://x/" not in text, name
+        assert str(root) not in text, name
+
+
+def test_a_stage_s_code_is_in_its_key_and_its_title_is_not(default: Recipe, root: Path) -> None:
+    stage = guest.stages(default, locked(default, root), root)["image"]
+    key = stage.key({})
+    assert stage.module in key["code"]
+    assert dataclass_replace(stage, title="other words").key({}) == key
+    assert dataclass_replace(stage, module="stages.final").key({}) != key
+
+
+def test_only_the_toolkit_s_source_has_the_network(default: Recipe, root: Path) -> None:
+    stages = guest.stages(default, locked(default, root), root)
+    assert [name for name, stage in stages.items() if stage.network] == ["toolkit_source"]
