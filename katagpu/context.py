@@ -68,15 +68,21 @@ class Context:
         """The lock, when it answers what the recipe asks for."""
         return self._locked
 
-    def make_lock(self) -> None:
-        """Resolve the recipe now, and write the lock."""
+    def make_lock(self, *, anew: bool = True) -> None:
+        """Resolve the recipe now, and write the lock; unless `anew`, another run's will do."""
         self.store.prepare()
-        with (self.store.lock("resolve"), writing(self.directory),
-              log.step(f"lock: resolve {self.recipe.name}'s packages")):
-            wanted = request.request(self.recipe, self.root)
-            found = lock.resolve(wanted, self.store.root / "apt")
-            lock.write(found, self.lock_path)
+        waiting = functools.partial(log.note, "lock: another run is resolving packages")
+        with self.store.lock("resolve", waiting), writing(self.directory):
+            self._forget()
+            if not anew and self.locked() is not None:
+                return
+            with log.step(f"lock: resolve {self.recipe.name}'s packages"):
+                wanted = request.request(self.recipe, self.root)
+                lock.write(lock.resolve(wanted, self.store.root / "apt"), self.lock_path)
+            self._forget()
         log.note(f"lock: {os.path.relpath(self.lock_path)}; ./doitw lock resolves anew")
+
+    def _forget(self) -> None:
         for name in ("_locked", "plan", "outcome"):
             self.__dict__.pop(name, None)
 
@@ -118,31 +124,39 @@ class Context:
             self.plan.ensure(stage)
 
     def restore(self, task: str) -> None:
-        """Restore a task's artifacts; a damaged blob is made again."""
+        """Restore a task's artifacts; damaged blobs are made again. A read-only store will do."""
         wanted = artifacts.of(self.recipe, task)
         writable = os.access(self.store.root / "locks", os.W_OK)
         with self.store.lease() if writable else contextlib.nullcontext():
-            try:
-                self.outcome.restore(wanted)
-            except CorruptBlob as damaged:
-                log.warn(f"{damaged}; it is made again")
-                self.plan.forget()
-                for artifact in wanted:
-                    self.plan.ensure(artifact.stage)
-                self.outcome.restore(wanted)
+            for left in reversed(range(len(wanted) + 1)):
+                try:
+                    return self.outcome.restore(wanted)
+                except CorruptBlob as damaged:
+                    if left == 0:
+                        raise
+                    log.warn(f"{damaged}; it is made again")
+                    self.plan.forget()
+                    for artifact in wanted:
+                        self.plan.ensure(artifact.stage)
 
     def finish(self, task: str, stages: Sequence[str]) -> None:
-        """Write the build record of this run: what `stages` and all below them took, hits too."""
+        """Write the build record of this run: what `stages` and all below them took, hits too.
+
+        Results that cannot be written to are left as they are.
+        """
         run = {entry.get("stage") for entry in log.record.entries}
         for name in dict.fromkeys(each for stage in stages for each in self.plan.closure(stage)):
             if name not in run:
                 log.record.add(stage=name, hit=True)
-        log.record.write(self.directory / "build-record.json", task=task, recipe=self.recipe.name,
-                         driver=self.recipe.driver.version)
+        with contextlib.suppress(OSError):
+            log.record.write(self.directory / "build-record.json", task=task,
+                             recipe=self.recipe.name, driver=self.recipe.driver.version)
 
     def sign(self, task: str, said: str) -> None:
         """Write the receipt of a finished task. A run that cannot write it is only slower."""
         wanted = artifacts.of(self.recipe, task)
+        if not wanted:  # the store has all that such a task makes, and the store must be asked
+            return
         marks = {**self._marks, **receipt.look(self.outcome.files(wanted))}
         with contextlib.suppress(OSError):
             receipt.write(receipt.place(self.root, task, self.values, self.environment), said,
@@ -150,13 +164,18 @@ class Context:
 
     def explain(self, task: str, known: Mapping[str, Sequence[str]]) -> Iterator[str]:
         """Hit or miss of every stage of a task, or of a stage by its own name."""
-        stages = known.get(task, (task,))
-        unknown = [stage for stage in stages if stage not in self.sketch()]
-        if unknown:
-            raise UserError(f"there is no task or stage {unknown[0]!r}",
-                            hint=f"known: {', '.join([*known, *self.sketch()])}")
+        names = [*known, *self.sketch()]
+        if task not in names:
+            from difflib import get_close_matches
+
+            near = get_close_matches(task, names, n=1)
+            raise UserError(f"there is no task or stage {task!r}", hint=(
+                f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"))
         said = set()
-        for stage in stages:
+        for stage in known.get(task, (task,)):
+            if stage not in self.sketch():
+                yield f"{stage}: not in this recipe"
+                continue
             for line in self.plan.explain(stage):
                 if line not in said:
                     said.add(line)

@@ -8,15 +8,21 @@ whatever signal, the kernel takes it all down and nothing stays mounted.
     enter.py capture DIRECTORY TARGET overlay|plain[,final]
     enter.py unpack BLOB TARGET overlay|plain
     enter.py remove PATH
+
+`line` in the spec is a socket to the Python that started us. We say `+` on it when the namespaces
+are open, and then, in JSON, what the kernel refused; when its other end is closed, that Python is
+dead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -26,6 +32,9 @@ from typing import Any
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REMOUNT, MS_BIND, MS_REC = 32, 4096, 16384
+# statvfs flags that a user namespace must not drop when it mounts anew, and their mount flags:
+# nosuid, nodev, noexec, noatime, nodiratime, relatime (mount_namespaces(7), locked flags)
+LOCKED = {2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}
 MNT_DETACH = 2
 PR_CAPBSET_DROP = 24
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
@@ -39,20 +48,31 @@ CAPABILITIES = (9, 16, 17, 20, 22, 25, 26, 27, 30, 32, 33, 34, 35, 38, 39)
 # sees loaded.
 HIDDEN_DIRECTORIES = ("sys/bus/pci", "sys/module", "sys/class/drm", "sys/firmware")
 HIDDEN_FILES = ("proc/modules",)
+# Here root writes to the host's kernel without any capability.
+READ_ONLY = ("proc/sys", "proc/sysrq-trigger", "proc/irq", "proc/bus")
+REFUSED, NO_SPACE = 125, 124  # exit statuses for what the kernel refused
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class MountError(Exception):
+class MountError(OSError):
     """A mount that the kernel refused."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def refused(what: str) -> MountError:
+    """The error of the system call that failed just now."""
+    number = ctypes.get_errno()
+    return MountError(number, f"{what}: {os.strerror(number)}")
 
 
 def mount(source: str, target: Path, kind: str, flags: int = 0, options: str = "") -> None:
     """mount(2). Raises `MountError`."""
-    if _libc.mount(source.encode(), str(target).encode(), kind.encode(), ctypes.c_ulong(flags),
-                   options.encode()) != 0:
-        reason = os.strerror(ctypes.get_errno())
-        raise MountError(f"cannot mount {kind or source} on {target}: {reason}")
+    if _libc.mount(os.fsencode(source), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags),
+                   os.fsencode(options)) != 0:
+        raise refused(f"cannot mount {kind or source or 'read-only'} on {target}")
 
 
 def bind(source: Path, target: Path, *, writable: bool) -> None:
@@ -65,8 +85,14 @@ def bind(source: Path, target: Path, *, writable: bool) -> None:
             target.touch()
     mount(str(source), target, "", MS_BIND | MS_REC)
     if not writable:
-        with contextlib.suppress(MountError):  # locked flags of an outer namespace: bind as it is
-            mount("", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY)
+        read_only(target)
+
+
+def read_only(target: Path) -> None:
+    """Make a bind mount read-only, keeping the flags that it came with."""
+    found = os.statvfs(target).f_flag
+    kept = sum(flag for shown, flag in LOCKED.items() if found & shown)
+    mount("", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY | kept)
 
 
 def escaped(path: str) -> str:
@@ -87,7 +113,23 @@ def mount_overlay(spec: dict[str, Any], target: Path) -> None:
     if upper is not None:
         # volatile: no fsync of what is captured afterwards and synced then
         options += f",upperdir={escaped(upper)},workdir={escaped(spec['work'])},volatile"
-    mount("overlay", target, "overlay", 0, options)
+    try:
+        mount("overlay", target, "overlay", 0, options)
+    except MountError as refusal:
+        place = upper or lowers[0]
+        raise MountError(refusal.errno, f"cannot mount an overlay whose files are in {place}, on "
+                         f"{file_system(place)}: {os.strerror(refusal.errno or 0)}") from None
+
+
+def file_system(path: str) -> str:
+    """The kind of file system that a path is on, as the mount table has it."""
+    best, kind = "", "an unknown file system"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        point = before.split()[4].replace("\\040", " ")
+        if Path(path).is_relative_to(point) and len(point) >= len(best):
+            best, kind = point, after.split()[0]
+    return kind
 
 
 def special(root: Path) -> None:
@@ -108,9 +150,14 @@ def special(root: Path) -> None:
     for name in HIDDEN_FILES:
         if (root / name).exists():
             mount("/dev/null", root / name, "", MS_BIND)
+    for name in READ_ONLY:
+        if (root / name).exists():
+            mount(str(root / name), root / name, "", MS_BIND)
+            read_only(root / name)
     (dev / "pts").mkdir()
     mount("devpts", dev / "pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666")
     (dev / "shm").mkdir()
+    (dev / "shm").chmod(0o1777)
     for link, to in (("ptmx", "pts/ptmx"), ("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"),
                      ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")):
         (dev / link).symlink_to(to)
@@ -134,26 +181,50 @@ def build_root(spec: dict[str, Any]) -> None:
     os.chdir(base)
     number = SYS_PIVOT_ROOT[os.uname().machine]
     if _libc.syscall(ctypes.c_long(number), b".", b".") != 0:
-        raise MountError(f"cannot enter {base}: {os.strerror(ctypes.get_errno())}")
+        raise refused(f"cannot enter {base}")
     if _libc.umount2(b".", MNT_DETACH) != 0:
-        raise MountError(f"cannot leave the host's root: {os.strerror(ctypes.get_errno())}")
+        raise refused("cannot leave the host's root")
     os.chdir("/")
+
+
+def drop_capabilities() -> None:
+    """Take `CAPABILITIES` out of the bounding set; those that this kernel does not know are not."""
+    for capability in CAPABILITIES:
+        if _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) != 0 \
+                and ctypes.get_errno() != errno.EINVAL:
+            raise refused(f"cannot drop the capability {capability}")
 
 
 def run(path: str) -> int:
     """Build the root, run the program in it, reap everything, and pass its status on."""
     spec = json.loads(Path(path).read_text())
+    if "line" not in spec:
+        return _run(spec)
+    with socket.socket(fileno=spec["line"]) as line:
+        line.set_inheritable(False)
+        try:
+            line.send(b"+")
+            if select.select([line], [], [], 0)[0]:  # only an end of file: nobody writes to us
+                return REFUSED
+            return _run(spec)
+        except OSError as refusal:
+            said = {"errno": refusal.errno, "what": str(refusal)}
+            with contextlib.suppress(OSError):
+                line.send(json.dumps(said).encode())
+            raise
+
+
+def _run(spec: dict[str, Any]) -> int:
+    os.umask(0o022)
     with contextlib.suppress(OSError):
         socket.sethostname(spec["hostname"])
     # opened here: the host's paths are out of reach once the root is entered
     usage = os.open(spec["usage"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     if spec["roots"]:
         build_root(spec)
+    drop_capabilities()
     child = os.fork()
     if child == 0:
-        for capability in CAPABILITIES:
-            _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
-        os.umask(0o022)
         os.setsid()
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         try:
@@ -194,6 +265,6 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (MountError, OSError) as refused:
-        sys.stderr.write(f"sandbox: {refused}\n")
-        sys.exit(125)
+    except OSError as refusal:
+        sys.stderr.write(f"sandbox: {refusal}\n")
+        sys.exit(NO_SPACE if refusal.errno in (errno.ENOSPC, errno.EDQUOT) else REFUSED)

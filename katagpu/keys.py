@@ -24,10 +24,10 @@ MECHANISMS: dict[str, int] = {
     "run": 1,
     "keys": 1,
     "store": 1,
-    "tree": 1,
+    "tree": 2,
     "fetch": 1,
-    "enter": 1,
-    "sandbox": 1,
+    "enter": 2,
+    "sandbox": 2,
     "recipe": 1,
     "schema": 1,
     "lock": 1,
@@ -35,8 +35,9 @@ MECHANISMS: dict[str, int] = {
 }
 
 _IMPORT = re.compile(
-    r"^\s*(?:from\s+katagpu([\w.]*)\s+import\s+(\([^)]*\)|[^\n#]+)|import\s+katagpu\.([\w.]+))",
+    r"^\s*(?:from\s+katagpu([\w.]*)\s+import\s+(\((?:[^)#]|#[^\n]*)*\)|[^\n#]+)|import\s+katagpu\.([\w.]+))",
     re.MULTILINE)
+_NOISE = re.compile(r"#[^\n]*|[()\\]")
 
 
 def canonical(value: Any) -> bytes:
@@ -55,6 +56,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def readable_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes; of a file that cannot be read, why, which is no digest."""
+    try:
+        return file_digest(path)
+    except OSError as refusal:
+        return str(refusal.strerror)
+
+
 def module_path(name: str) -> Path | None:
     """The file of the module `katagpu.<name>`, or None when there is no such module."""
     base = PACKAGE.joinpath(*name.split("."))
@@ -70,15 +79,13 @@ def imports(name: str) -> set[str]:
     assert path is not None, name
     found: set[str] = set()
     for package, names, plain in _IMPORT.findall(path.read_text()):
-        if plain:
-            found.add(plain)
-            continue
-        prefix = package.lstrip(".")
-        children = [word.split(" as ")[0].strip(" ()\n") for word in names.split(",")]
-        modules = [".".join(part for part in (prefix, child) if part) for child in children]
-        real = [module for module in modules if module and module_path(module) is not None]
-        found.update(real or ([prefix] if prefix else []))
-    return found
+        prefix = plain or package.lstrip(".")
+        for name in _NOISE.sub("", names).split(","):
+            child = name.split(" as ")[0].strip()
+            module = ".".join(part for part in (prefix, child) if part)
+            # a name that is no module is one of its package's
+            found.add(module if module_path(module) is not None else prefix)
+    return {name for name in found if name and module_path(name) is not None}
 
 
 @functools.cache

@@ -7,6 +7,7 @@ key by content, so a stage that runs again and puts out the same bytes stops the
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from katagpu import keys, log, sandbox
-from katagpu.errors import CorruptBlob, UserError
+from katagpu.errors import CorruptBlob, StepError, UserError
 from katagpu.stages.api import Build, Stage
 from katagpu.store import Action, Output, Store, writing
 
 _DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
+FULL = 16 << 20  # bytes free below which a failed step is put down to the disk
 TRIES = 3  # a damaged blob is dropped and remade; more than two of them is a broken disk
 
 
@@ -135,7 +137,11 @@ class Plan:
               writing(self.store.root),
               self.store.staging(name, sandbox.remove) as scratch):
             build = Build(stage, self.store, inputs, scratch, logfile, ccache=self.ccache)
-            stage.make(build)
+            try:
+                stage.make(build)
+            except StepError as failure:
+                full_disk(self.store.root, failure)
+                raise
             return build.finish(key, {"wall": round(time.monotonic() - started, 2),
                                       "cpu": round(build.cpu, 2), "reason": reason})
 
@@ -168,6 +174,15 @@ class Plan:
         for stage in self.closure(name):
             state = self.reason(stage)
             yield f"{stage}: hit" if state == "hit" else f"{stage}: miss: {state}"
+
+
+def full_disk(root: Path, failure: StepError) -> None:
+    """Programs fail in many words when the disk is full: raise `UserError` where that is why."""
+    free = shutil.disk_usage(root).free
+    if free < FULL or "No space left on device" in failure.what:
+        raise UserError(f"{failure.what}\nno space is left in the store {root} "
+                        f"({free // 1_000_000} MB free)", hint="./doitw cache:gc, or set "
+                        "KATAGPU_STORE to a directory on a larger file system") from failure
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

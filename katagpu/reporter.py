@@ -15,6 +15,10 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]  # doit has no type hints
 
     desc = "katagpu's own"
 
+    def __init__(self, outstream: Any, options: Any) -> None:
+        super().__init__(outstream, options)
+        self._said: set[str] = set()
+
     def execute_task(self, task: Any) -> None:
         """Steps say when they start."""
 
@@ -28,7 +32,9 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]  # doit has no type hints
         name = task.name.lstrip("_").removeprefix("stage:")
         cause = getattr(fail, "cause", None)
         if isinstance(cause, KatagpuError):
-            log.error(f"{name}: {cause}")
+            if str(cause) not in self._said:  # a full disk stops all that runs side by side
+                log.error(f"{name}: {cause}")
+            self._said.add(str(cause))
         elif fail.traceback:
             log.error(f"{name}: a fault in katagpu, please report it with these lines:\n"
                       + "".join(fail.traceback))

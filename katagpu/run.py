@@ -2,7 +2,8 @@
 
 Children get a clean environment and a process group of their own, write to the step's log, and die
 with us: the parent-death signal belongs to the thread that forked (prctl(2), PR_SET_PDEATHSIG), so
-all of them are forked by one thread that lives as long as the process.
+all of them are forked by one thread that lives as long as the process. A child whose parent died
+before that signal was set finds another parent, and does not start the program.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import os
 import queue
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -26,6 +28,8 @@ from katagpu.errors import StepError, UserError
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CLEAN: Mapping[str, str] = {"PATH": PATH, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "HOME": "/"}
 TAIL_LINES = 25
+# $0 is our process id. A shell puts PWD into the environment, which is not clean.
+_GUARD = '[ "$PPID" = "$0" ] || exit 137; unset PWD OLDPWD; exec "$@"'
 
 _live: set[int] = set()
 _live_lock = threading.Lock()
@@ -36,10 +40,14 @@ _spawner_pid = 0
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished program: exit status (negative: signal), stdout if it was asked for."""
+    """A finished program: exit status (negative: signal), stdout if it was asked for.
+
+    `stderr` is there when there was no log to write it to.
+    """
 
     status: int
     stdout: bytes
+    stderr: bytes = b""
 
 
 def _serve() -> None:
@@ -71,10 +79,11 @@ def _spawn(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[byt
 
 
 def kill_all() -> None:
-    """End every program that is still running, with its process group."""
-    with _live_lock:
-        pids = list(_live)
-    for pid in pids:
+    """End every program that is still running, with its process group.
+
+    Called by signal handlers, so it takes no lock: the interrupted code may hold it.
+    """
+    for pid in tuple(_live):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
 
@@ -87,8 +96,9 @@ def die_cleanly_on_signals() -> None:
 
     def handler(number: int, _frame: FrameType | None) -> None:
         kill_all()
-        os.write(2, f"\ninterrupted by {signal.Signals(number).name}; "
-                    "run the same command again to go on\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, f"\ninterrupted by {signal.Signals(number).name}; "
+                        "run the same command again to go on\n".encode())
         os._exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -101,6 +111,28 @@ def tail(path: Path, lines: int = TAIL_LINES) -> str:
         stream.seek(max(0, path.stat().st_size - 16384))
         text = stream.read().decode(errors="replace")
     return "\n".join(text.splitlines()[-lines:])
+
+
+def _must_exist(program: str, cwd: Path | None, path: str) -> None:
+    """Raises `UserError` when the program, or the directory to run it in, is not there."""
+    if cwd is not None and not cwd.is_dir():
+        raise StepError(f"cannot run {program} in {cwd}: there is no such directory")
+    found = (os.access((cwd or Path()) / program, os.X_OK) if "/" in program
+             else shutil.which(program, path=path) is not None)
+    if not found:
+        raise UserError(f"the program {program!r} is not installed",
+                        hint="./doitw setup installs what the build host needs")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a program with its group, and let go of its pipes."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
 
 
 def run(
@@ -124,6 +156,8 @@ def run(
     fails (unless `check` is off) or takes too long.
     """
     words = [str(word) for word in argv]
+    environment = {**CLEAN, **(env or {})}
+    _must_exist(words[0], cwd, environment["PATH"])
     sink: IO[bytes] | int = subprocess.DEVNULL
     with contextlib.ExitStack() as stack:
         if log is not None:
@@ -133,29 +167,27 @@ def run(
             sink.flush()
         out: IO[bytes] | int = subprocess.PIPE if capture else sink
         errors: IO[bytes] | int = sink if log is not None else subprocess.PIPE
-        try:
-            process = _spawn(lambda: subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "--", *words],
-                stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
-                stdout=out, stderr=errors, cwd=cwd, env={**CLEAN, **(env or {})},
-                start_new_session=True, pass_fds=pass_fds))
-        except FileNotFoundError as missing:
-            raise UserError(f"the program {missing.filename!r} is not installed",
-                            hint="./doitw setup installs what the build host needs") from None
+        process = _spawn(lambda: subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", _GUARD, str(os.getpid()), *words],
+            stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
+            stdout=out, stderr=errors, cwd=cwd, env=environment,
+            start_new_session=True, pass_fds=pass_fds))
         try:
             stdout, stderr = process.communicate(stdin, timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
             raise StepError(f"{words[0]} did not end within {timeout:.0f} s",
                             hint=f"it was: {shlex.join(words)}") from None
+        except BaseException:
+            _end(process)
+            raise
         finally:
             with _live_lock:
                 _live.discard(process.pid)
     if check and process.returncode != 0:
         said = tail(log) if log is not None else (stderr or b"").decode(errors="replace").strip()
         raise failure(words, process.returncode, said, log, again)
-    return Result(status=process.returncode, stdout=stdout or b"")
+    return Result(status=process.returncode, stdout=stdout or b"", stderr=stderr or b"")
 
 
 def failure(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
+import glob
 import os
 import shutil
 import threading
@@ -28,8 +28,9 @@ from typing import Any
 
 import msgspec
 
-from katagpu.errors import CorruptBlob, UserError
-from katagpu.keys import file_digest
+from katagpu import log
+from katagpu.errors import CorruptBlob, StepError, UserError
+from katagpu.keys import file_digest, readable_digest
 
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# made by katagpu; safe to delete\n"
 DIRECTORIES = ("blobs/sha256", "trees", "actions", "unpacked", "staging", "locks", "partial")
@@ -79,12 +80,12 @@ def writing(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as refusal:
-        if refusal.errno == errno.ENOSPC:
+        if refusal.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(root).free if root.exists() else 0
             raise UserError(
                 f"no space left in the store {root} ({free // 1_000_000} MB free)",
                 hint="./doitw cache:gc, or set KATAGPU_STORE to a larger file system") from None
-        if refusal.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if refusal.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
             raise UserError(f"cannot write to {refusal.filename or root}: {refusal.strerror}",
                             hint="set KATAGPU_STORE to a directory that you may write") from None
         raise
@@ -104,22 +105,17 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._ready = False
-        self._held = threading.local()
 
     def prepare(self) -> None:
         """Make the directories. Raises `UserError` where that is not allowed."""
-        if self._ready:
-            return
         with writing(self.root):
             for name in DIRECTORIES:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             tag = self.root / "CACHEDIR.TAG"
             if not tag.exists():
                 tag.write_text(TAG)
-        self._ready = True
 
-    # blobs
+    # blobs and trees
 
     def blob(self, digest: str) -> Path:
         """Where a blob's bytes are, if they are."""
@@ -135,17 +131,18 @@ class Store:
 
     def drop(self, digest: str) -> None:
         """Forget a blob; actions that need it become misses."""
-        self.blob(digest).unlink(missing_ok=True)
+        with writing(self.root):
+            self.blob(digest).unlink(missing_ok=True)
 
     def put(self, path: Path, digest: str | None = None) -> tuple[str, int]:
-        """Move a file of the staging area into the store; its SHA-256 and size."""
+        """Move a file of the staging area into the store; its SHA-256 and size.
+
+        It takes the place of a blob that is there: that one may be damaged.
+        """
         with writing(self.root):
             digest = digest or file_digest(path)
             size = path.stat().st_size
             target = self.blob(digest)
-            if self.has(digest, size):
-                path.unlink()
-                return digest, size
             path.chmod(0o444)
             sync(path)
             path.rename(target)
@@ -158,30 +155,30 @@ class Store:
         Raises `CorruptBlob` (the blob is dropped) when they are not what they should be.
         """
         source = self.blob(digest)
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+            if not Path("/proc", left.suffixes[-2][1:]).exists():  # of a killed run
+                left.unlink(missing_ok=True)
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
         found: list[str] = []
-        hasher = threading.Thread(target=lambda: found.append(file_digest(source)))
+        hasher = threading.Thread(target=lambda: found.append(readable_digest(source)))
+        hasher.start()
         try:
-            with source.open("rb") as reader, part.open("wb") as writer:
-                hasher.start()
-                clone_or_copy(reader.fileno(), writer.fileno())
+            try:
+                with part.open("wb") as writer:
+                    clone_or_copy(source, writer.fileno())
+            except OSError:
+                hasher.join()
+                if found == [digest]:
+                    raise
             hasher.join()
             if found != [digest]:
                 self.drop(digest)
-                raise CorruptBlob(digest, found[0] if found else "unreadable")
+                raise CorruptBlob(digest, found[0])
             part.chmod(0o644)
             part.replace(target)
         finally:
+            hasher.join()
             part.unlink(missing_ok=True)
-
-    # trees
-
-    def tree_blob(self, identity: str) -> str | None:
-        """The blob that holds a tree, or None."""
-        try:
-            return (self.root / "trees" / identity).read_text().strip()
-        except OSError:
-            return None
 
     def put_tree(self, identity: str, blob: str) -> None:
         """Record which blob holds a tree."""
@@ -213,12 +210,13 @@ class Store:
 
     def actions(self) -> Iterator[tuple[str, float, Action]]:
         """All actions: digest, last use (seconds since the epoch), record; newest first."""
-        paths = sorted((self.root / "actions").glob("*.json"),
-                       key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in paths:
+        used = {}
+        for path in (self.root / "actions").glob("*.json"):
+            with contextlib.suppress(OSError):
+                used[path] = path.stat().st_mtime
+        for path in sorted(used, key=lambda path: used[path], reverse=True):
             with contextlib.suppress(OSError, msgspec.DecodeError):
-                yield path.stem, path.stat().st_mtime, msgspec.json.decode(
-                    path.read_bytes(), type=Action)
+                yield path.stem, used[path], msgspec.json.decode(path.read_bytes(), type=Action)
 
     def forget(self, digest: str) -> None:
         """Drop an action record."""
@@ -227,11 +225,12 @@ class Store:
     def _write(self, path: Path, data: bytes) -> None:
         with writing(self.root):
             part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-            with part.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(path)
+            try:
+                part.write_bytes(data)
+                sync(part)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
             sync(path.parent)
 
     # locks and scratch
@@ -239,39 +238,38 @@ class Store:
     @contextlib.contextmanager
     def lock(self, name: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
         """Hold the lock of this name; others of any process wait, after calling `waiting`."""
-        with writing(self.root):
-            handle = os.open(self.root / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
-                             0o644)
-        try:
+        with contextlib.ExitStack() as stack:
+            with writing(self.root):
+                held = stack.enter_context((self.root / "locks" / name).open("a"))
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if waiting is not None:
                     waiting()
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                fcntl.flock(held, fcntl.LOCK_EX)
             yield
-        finally:
-            os.close(handle)
 
     @contextlib.contextmanager
     def lease(self, *, exclusive: bool = False) -> Iterator[bool]:
         """A build holds a shared lease while it runs; gc needs the exclusive one.
 
-        Yields False when an exclusive lease was asked for and a build is running.
+        Yields False when an exclusive lease was asked for and a build is running. On a store that
+        may only be read, a build goes without where there is no lease to hold.
         """
-        with writing(self.root):
-            handle = os.open(self.root / "locks" / "lease", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
-                             0o644)
-        try:
+        path = self.root / "locks" / "lease"
+        free = True
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(handle, (fcntl.LOCK_EX | fcntl.LOCK_NB) if exclusive
-                            else fcntl.LOCK_SH)
+                with writing(self.root):
+                    held = stack.enter_context(path.open("a" if exclusive or not path.exists()
+                                                         else "r"))
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
             except BlockingIOError:
-                yield False
-            else:
-                yield True
-        finally:
-            os.close(handle)
+                free = False
+            except UserError:
+                if exclusive:
+                    raise
+            yield free
 
     @contextlib.contextmanager
     def staging(self, name: str, remove: Callable[[Path], None]) -> Iterator[Path]:
@@ -280,35 +278,40 @@ class Store:
         `remove` deletes a directory whose files may belong to subordinate ids. What a killed run
         left behind is removed by the next one: its lock is free.
         """
+        self._sweep(remove)
+        path = self.root / "staging" / f"{name}-{os.getpid()}-{time.monotonic_ns():x}"
+        lock = path.with_name(f"{path.name}.lock")
         with writing(self.root):
-            for stale in (self.root / "staging").glob("*.lock"):
-                self._sweep(stale, remove)
-            path = self.root / "staging" / f"{name}-{os.getpid()}-{time.monotonic_ns():x}"
-            handle = _own(path.with_name(f"{path.name}.lock"))
-            path.mkdir()
+            handle = _own(lock)
         try:
+            with writing(self.root):
+                path.mkdir()
             yield path
         finally:
-            remove(path)
-            path.with_name(f"{path.name}.lock").unlink()
-            os.close(handle)
+            try:
+                remove(path)
+                lock.unlink(missing_ok=True)
+            finally:
+                os.close(handle)
 
-    def _sweep(self, lock: Path, remove: Callable[[Path], None]) -> None:
-        try:
-            handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is(handle, lock):
-                directory = lock.with_suffix("")
-                if directory.exists():
-                    remove(directory)
-                lock.unlink()
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(handle)
+    def _sweep(self, remove: Callable[[Path], None]) -> None:
+        """Remove what killed runs left; what cannot go now is left to the next sweep."""
+        for lock in (self.root / "staging").glob("*.lock"):
+            try:
+                handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is(handle, lock):
+                    remove(lock.with_suffix(""))
+                    lock.unlink()
+            except BlockingIOError:
+                pass
+            except (OSError, StepError) as refusal:
+                log.warn(f"a killed run's {lock.with_suffix('')} cannot be removed: {refusal}")
+            finally:
+                os.close(handle)
 
     # care
 
@@ -316,23 +319,27 @@ class Store:
         """Re-hash every blob; drop and return the damaged ones as (digest, found)."""
         damaged = []
         for path in sorted((self.root / "blobs" / "sha256").iterdir()):
-            found = file_digest(path)
-            if found != path.name:
+            found = readable_digest(path)
+            if found != path.name and path.exists():
                 damaged.append((path.name, found))
-                path.unlink()
+                self.drop(path.name)
         return damaged
 
     def usage(self) -> int:
         """Bytes of all blobs."""
-        blobs = self.root / "blobs" / "sha256"
-        return sum(entry.stat().st_size for entry in os.scandir(blobs)) if blobs.exists() else 0
+        return sum(path.stat().st_size for path in (self.root / "blobs" / "sha256").glob("*"))
 
     def gc(self, limit: int, remove: Callable[[Path], None]) -> int:
         """Drop least recently used actions until the blobs fit `limit` bytes; bytes freed.
 
-        Unpacked copies and blobs that no action names (fetched packages) go first.
+        Unpacked copies and blobs that no action names (fetched packages) go first. The caller
+        holds the exclusive lease.
         """
         before = self.usage()
+        self._sweep(remove)
+        for directory in ("actions", "trees"):
+            for part in (self.root / directory).glob(".*.part"):
+                part.unlink(missing_ok=True)
         for entry in (self.root / "unpacked").iterdir():
             remove(entry)
         keep: set[str] = set()
@@ -372,27 +379,17 @@ def _is(handle: int, path: Path) -> bool:
         return False
 
 
-def clone_or_copy(source: int, target: int) -> None:
-    """Copy a file by descriptor: a reflink where the file system has them, else in the kernel."""
+def clone_or_copy(source: Path, target: int) -> None:
+    """Copy a file into a descriptor, by reflink where there are such. Raises `OSError`."""
     ficlone = 0x40049409  # FICLONE, ioctl_ficlone(2)
-    try:
-        fcntl.ioctl(target, ficlone, source)
-        return
-    except OSError:
-        pass
-    left = os.fstat(source).st_size
-    while left > 0:
-        try:
-            done = os.copy_file_range(source, target, left)
-        except OSError as refusal:
-            if refusal.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-            done = os.sendfile(target, source, None, left)
-        if done == 0:
-            break
-        left -= done
-
-
-def bytes_digest(data: bytes) -> str:
-    """SHA-256 of bytes, in hex."""
-    return hashlib.sha256(data).hexdigest()
+    with source.open("rb") as reader:
+        handle = reader.fileno()
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(target, ficlone, handle)
+            return
+        left = os.fstat(handle).st_size
+        while left > 0:
+            done = os.sendfile(target, handle, None, left)
+            if done == 0:
+                raise OSError(errno.EIO, "the file ended early", str(source))
+            left -= done

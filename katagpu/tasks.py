@@ -91,8 +91,9 @@ def plain(function: Callable[..., None], doc: str, **more: Any) -> Task:
 def stage_tasks() -> Iterator[Task]:
     """The hidden tasks, one for each stage, and the lock that all of them need."""
     context = _context()
+    ensure_lock = partial(context.make_lock, anew=False)
     yield {"basename": "_host", "actions": [work(_host)], "io": {"capture": False}}
-    yield {"basename": "_lock", "actions": [work(context.make_lock)], "io": {"capture": False},
+    yield {"basename": "_lock", "actions": [work(ensure_lock)], "io": {"capture": False},
            "task_dep": ["_host"], "uptodate": [answer(lambda: context.locked() is not None)]}
     for name, stage in context.sketch().items():
         needs = dict.fromkeys(f"_stage:{ref.stage}" for ref in stage.inputs.values())
@@ -109,6 +110,7 @@ def _host() -> None:
     hostsetup.ensure_host()
     context = _context()
     if context.locked() is None or not context.made("manifest"):
+        context.store.prepare()
         sandbox.probe()
 
 
@@ -135,6 +137,7 @@ def build(name: str, doc: str) -> Task:
 
         complete = context.outcome.complete(artifacts.of(context.recipe, name))
         if complete:
+            context.finish(name, wanted)
             context.sign(name, ready())
         return complete
 
@@ -211,7 +214,7 @@ def test() -> Task:
         _call(["python", "-m", "katagpu", "build_image"], "the default build failed")
         if (ROOT / "tests/default").is_dir():
             log.say("> the checks of the default guest")
-            _call(["pytest", "-q", "tests/default"], "the default guest's checks failed")
+            _call(["pytest", "-q", "tests/default", *chosen], "the default guest's checks failed")
 
     return plain(run, "the fast suite, then the default build and its checks (all=1: long ones)")
 

@@ -10,6 +10,7 @@ Runs inside the namespace that owns the files, so it imports nothing of the prod
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import os
@@ -38,6 +39,7 @@ DROPPED: tuple[str, ...] = (
 # Of these, what the guest's own files lay again.
 LAID: tuple[str, ...] = ("etc/hostname", "etc/hosts", "etc/resolv.conf")
 EMPTIED: tuple[str, ...] = ("etc/machine-id",)
+ATTRIBUTES = ("user.", "security.capability")  # what is kept of extended attributes
 
 
 class _HashingWriter:
@@ -77,12 +79,26 @@ def _walk(root: Path, patterns: Sequence[str]) -> Iterator[tuple[str, os.DirEntr
         pending.extend(reversed(deeper))
 
 
+@contextlib.contextmanager
+def _none_kept() -> Iterator[None]:
+    """Pass over a file system without extended attributes, or an attribute that is not set."""
+    try:
+        yield
+    except OSError as refusal:
+        if refusal.errno not in (errno.EOPNOTSUPP, errno.ENODATA):
+            raise
+
+
 def _attributes(path: str) -> dict[str, str]:
-    """Extended attributes as pax records; an overlay's own are left out."""
+    """Extended attributes as pax records: the user's and capabilities.
+
+    An overlay's own are left out, and what depends on the host's kernel or policy (trusted.*,
+    security.selinux, security.ima).
+    """
     records = {}
-    with contextlib.suppress(OSError):
+    with _none_kept():
         for name in sorted(os.listxattr(path, follow_symlinks=False)):
-            if name.startswith(("user.overlay.", "trusted.overlay.")):
+            if name.startswith("user.overlay.") or not name.startswith(ATTRIBUTES):
                 continue
             value = os.getxattr(path, name, follow_symlinks=False)
             records[f"SCHILY.xattr.{name}"] = value.decode("utf-8", "surrogateescape")
@@ -91,7 +107,7 @@ def _attributes(path: str) -> dict[str, str]:
 
 def _is_opaque(path: str) -> bool:
     for name in ("user.overlay.opaque", "trusted.overlay.opaque"):
-        with contextlib.suppress(OSError):
+        with _none_kept():
             if os.getxattr(path, name) == b"y":
                 return True
     return False
@@ -101,7 +117,7 @@ def _info(path: str, found: os.stat_result) -> tarfile.TarInfo:
     info = tarfile.TarInfo(path)
     info.mode = stat.S_IMODE(found.st_mode)
     info.uid, info.gid = found.st_uid, found.st_gid
-    info.mtime = min(int(found.st_mtime), EPOCH)
+    info.mtime = min(found.st_mtime_ns // 1_000_000_000, EPOCH)
     return info
 
 
@@ -124,7 +140,8 @@ class Capture:
         """Write the tar to `sink`; its SHA-256 in hex."""
         writer = _HashingWriter(sink)
         with tarfile.TarFile.open(fileobj=writer, mode="w|",  # type: ignore[call-overload]
-                                  format=tarfile.PAX_FORMAT, bufsize=1 << 20) as tar:
+                                  format=tarfile.PAX_FORMAT, bufsize=1 << 20,
+                                  encoding="utf-8", errors="surrogateescape") as tar:
             for path, entry in _walk(self.root, self.drop):
                 self._add(tar, path, entry)
         return writer.hash.hexdigest()
@@ -137,6 +154,8 @@ class Capture:
             return
         if stat.S_ISSOCK(found.st_mode):
             return
+        if entry.name.startswith(WHITEOUT):
+            raise OSError(errno.EINVAL, "a layer cannot hold a file of this name", entry.path)
         info = _info(path, found)
         info.pax_headers = _attributes(entry.path)
         if stat.S_ISREG(found.st_mode):
@@ -147,7 +166,8 @@ class Capture:
             if self.overlay and _is_opaque(entry.path):
                 tar.addfile(_marker(f"{path}/{OPAQUE}"))
         elif stat.S_ISLNK(found.st_mode):
-            info.type, info.linkname = tarfile.SYMTYPE, str(Path(entry.path).readlink())
+            info.type = tarfile.SYMTYPE
+            info.linkname = os.readlink(entry.path)  # noqa: PTH115 (a Path would tidy it)
             tar.addfile(info)
         else:
             info.type = tarfile.FIFOTYPE if stat.S_ISFIFO(found.st_mode) else (
@@ -198,9 +218,11 @@ def unpack(blob: Path, target: Path, *, overlay: bool) -> str:
     target.chmod(0o755)  # the tar has no entry for it, and it becomes the guest's /
     argv = ["tar", "--extract", "--file=-", f"--directory={target}", "--numeric-owner",
             "--same-permissions", "--same-owner", "--xattrs", "--xattrs-include=*",
+            "--delay-directory-restore",  # our order leaves a directory before its children come
             "--warning=no-unknown-keyword"]
     hasher = hashlib.sha256()
-    with subprocess.Popen(argv, stdin=subprocess.PIPE) as tar:
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"}
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, env=environment) as tar:
         assert tar.stdin is not None
         with blob.open("rb") as raw:
             reader = zstandard.ZstdDecompressor().stream_reader(raw)
@@ -215,7 +237,7 @@ def unpack(blob: Path, target: Path, *, overlay: bool) -> str:
     if tar.returncode != 0:
         space = shutil.disk_usage(target.parent).free
         if space < 16 << 20:
-            raise OSError(28, "No space left on device", str(target))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
         return "damaged"
     if overlay:
         _to_overlay(target)
@@ -224,12 +246,14 @@ def unpack(blob: Path, target: Path, *, overlay: bool) -> str:
 
 def _to_overlay(root: Path) -> None:
     for directory, _names, files in os.walk(root):
-        for name in files:
-            if not name.startswith(WHITEOUT):
-                continue
+        markers = [name for name in files if name.startswith(WHITEOUT)]
+        before = Path(directory).stat()
+        for name in markers:
             Path(directory, name).unlink()
             if name == OPAQUE:
                 os.setxattr(directory, "user.overlay.opaque", b"y")
             else:
                 os.mknod(Path(directory, name.removeprefix(WHITEOUT)),
                          stat.S_IFCHR, os.makedev(0, 0))
+        if markers:
+            os.utime(directory, ns=(before.st_atime_ns, before.st_mtime_ns))

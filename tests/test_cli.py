@@ -127,19 +127,22 @@ def test_results_deleted_or_altered_come_back(built: ToyRepository) -> None:
     assert built.made() == []
 
 
-def test_a_corrupted_blob_is_found_dropped_and_made_again(built: ToyRepository) -> None:
-    image = built.out / "kata-debian-trixie-nvidia-gpu-550.163.01.image"
-    was = image.read_bytes()
-    (blob,) = [path for path in (built.store / "blobs/sha256").iterdir()
-               if path.read_bytes() == was]
-    blob.chmod(0o644)
-    blob.write_bytes(was.replace(b"image", b"imXge"))
-    image.unlink()
+def test_corrupted_blobs_are_found_dropped_and_made_again(built: ToyRepository) -> None:
+    results = [built.out / "kata-debian-trixie-nvidia-gpu-550.163.01.image",
+               built.out / "vmlinux-6.1-toy", built.out / "50-katagpu.toml"]
+    before = [path.read_bytes() for path in results]
+    for blob in (built.store / "blobs/sha256").iterdir():
+        if (data := blob.read_bytes()) in before:
+            blob.chmod(0o644)
+            blob.write_bytes(data[:-1] + b"?")
+    for path in results:
+        path.unlink()
     status, _out, err = built.run()
-    assert status == 0
+    assert status == 0, err
     assert "is damaged" in err
-    assert image.read_bytes() == was == blob.read_bytes()
-    assert built.made() == ["image"]
+    assert [path.read_bytes() for path in results] == before
+    assert sorted(built.made()) == ["image", "kata_config", "kernel"]
+    assert built.run("cache:verify")[0] == 0
 
 
 def test_the_build_record_has_hits_and_misses(built: ToyRepository) -> None:
@@ -154,6 +157,18 @@ def test_the_build_record_has_hits_and_misses(built: ToyRepository) -> None:
     assert (record["task"], record["recipe"]) == ("build_image", "debian-trixie")
     assert [name for name in ALL if not steps[name]["hit"]] == ["image", "manifest", "rootfs"]
     assert steps["rootfs"]["reason"].startswith("files.word: ")
+
+
+def test_a_run_that_changes_no_result_leaves_its_record_too(built: ToyRepository) -> None:
+    recipe = built.root / "recipes/debian-trixie.yaml"
+    recipe.write_text(recipe.read_text().replace("kernel_module: open", "kernel_module: closed"))
+    lock = built.out / "lock.json"
+    before = built.lock.request
+    lock.write_text(lock.read_text().replace(before, built.identity()))
+    assert built.run()[2].endswith("build_image: up to date in out/debian-trixie/550.163.01/\n")
+    assert built.made() == ["driver_modules"]  # toys: its output is the same
+    steps = json.loads((built.out / "build-record.json").read_bytes())["steps"]
+    assert [step["stage"] for step in steps if not step["hit"]] == ["driver_modules"]
 
 
 def test_why(built: ToyRepository) -> None:
@@ -263,6 +278,16 @@ def test_cache_tasks(built: ToyRepository) -> None:
     status, _out, err = built.run("cache:gc", KATAGPU_STORE_SIZE="much")
     assert status == 1
     assert "not a number of bytes" in err
+
+
+def test_a_task_without_results_asks_the_store(toy: ToyRepository) -> None:
+    made = ["driver_modules", "driver_user", "kernel", "kernel_config"]
+    for expected in (made, [], []):
+        assert toy.run("install_driver")[0] == 0
+        assert sorted(toy.made()) == expected
+    assert toy.run("cache:gc", KATAGPU_STORE_SIZE="0")[0] == 0
+    assert toy.run("install_driver")[0] == 0
+    assert sorted(toy.made()) == made
 
 
 def test_gc_does_not_run_beside_a_build(toy: ToyRepository) -> None:

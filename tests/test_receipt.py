@@ -28,7 +28,7 @@ def root(tmp_path: Path) -> Path:
 
 def sign(root: Path, values: dict[str, str], environment: dict[str, str] | None = None) -> None:
     """Write the receipt of a run with these parameters."""
-    files = [*receipt.inputs(root), root / "out/image", root / "out/link"]
+    files: list[str | Path] = [*receipt.inputs(root), root / "out/image", root / "out/link"]
     receipt.write(receipt.place(root, "build_image", values, environment or {}), "all there",
                   receipt.look(files))
 

@@ -44,7 +44,7 @@ def deb(name: str, version: str = "1") -> Deb:
 
 def locked(wanted: Recipe, root: Path, **other: str) -> Lock:
     """A lock with one package for each group; `other` are other versions by group."""
-    groups = {name: (deb(f"{name}-package", other.get(name, "1")),)
+    groups: dict[str, tuple[Deb, ...]] = {name: (deb(f"{name}-package", other.get(name, "1")),)
               for name in request.groups(wanted, root)}
     return Lock(recipe=wanted.name, request="", groups=groups)
 

@@ -18,7 +18,7 @@ MODULES = {
 
 LAYERS = (
     ("errors",),
-    ("log",),
+    ("log", "receipt"),
     ("run",),
     ("keys", "store", "tree", "fetch", "download", "neterrors", "sandbox", "enter", "yamlfile",
      "reporter"),
@@ -30,7 +30,8 @@ LAYERS = (
     ("plan", "guest"),
     ("artifacts", "context"),
     ("release", "host"),
-    ("current", "storetasks", "tasks"),
+    ("current", "storetasks", "tasks", "bench"),
+    ("commands",),
     ("__main__",),
 )
 """From the ground up. A module imports from its own layer or a lower one."""

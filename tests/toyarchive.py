@@ -66,7 +66,8 @@ class ToyArchive:
         now = datetime.now(UTC)
         form = "%a, %d %b %Y %H:%M:%S UTC"
         (suite / "Release").write_text(
-            f"Origin: toy\nSuite: {self.suite}\nCodename: {self.suite}\nArchitectures: amd64\nComponents: main\n"
+            f"Origin: toy\nSuite: {self.suite}\nCodename: {self.suite}\n"
+            "Architectures: amd64\nComponents: main contrib non-free non-free-firmware\n"
             f"Date: {now - timedelta(days=2):{form}}\nValid-Until: {now + valid:{form}}\n"
             f"SHA256:\n {hashlib.sha256(text).hexdigest()} {len(text)} "
             "main/binary-amd64/Packages\n")
@@ -83,8 +84,8 @@ class ToyArchive:
 
     def request(self, groups: Mapping[str, Group], **more: str) -> Request:
         """A request to this archive."""
-        archive = Archive(uri=more.get("uri", self.base), suites=(self.suite,), components=("main",),
-                          keyring=str(self.home / "test.gpg"))
+        archive = Archive(uri=more.get("uri", self.base), suites=(self.suite,),
+                          components=("main",), keyring=str(self.home / "test.gpg"))
         return Request(recipe="toy", identity="x", architecture="amd64", archives=(archive,),
                        groups=dict(groups))
 

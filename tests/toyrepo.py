@@ -88,14 +88,17 @@ class ToyRepository:
             source = REPOSITORY / name
             if source.is_dir():
                 shutil.copytree(source, self.root / name,
-                                ignore=shutil.ignore_patterns("__pycache__"))
+                                ignore=shutil.ignore_patterns("__pycache__", ".*"))
             else:
                 shutil.copy(source, self.root / name)
         (self.root / "katagpu/guest.py").write_text(GUEST)
         (self.root / "rootfs/word").write_text("word")
-        loaded = recipe.load(RECIPE, self.root)
-        self.lock = lock.Lock(recipe=RECIPE, request=request.identity(loaded, self.root), groups={})
+        self.lock = lock.Lock(recipe=RECIPE, request=self.identity(), groups={})
         lock.write(self.lock, self.root / OUT / "lock.json")
+
+    def identity(self) -> str:
+        """What the recipe asks for as it is now."""
+        return request.identity(recipe.load(RECIPE, self.root), self.root)
 
     @property
     def out(self) -> Path:

@@ -187,7 +187,9 @@ def headers(build: Build, work: Path, binds: Sequence[Bind], env: Mapping[str, s
     debian = {"KDEB_PKGVERSION": str(build.options["package_version"]), "KDEB_COMPRESS": "xz",
               "KDEB_CHANGELOG_DIST": "stable", "DEBFULLNAME": "katagpu",
               "DEBEMAIL": "katagpu@localhost", **fixed}
-    build.enter(["make", ARCH, "debian"], _root(build), binds=binds, env=debian, cwd=BUILD)
+    build.enter(["make", ARCH, "run-command",
+                 "KBUILD_RUN_COMMAND=$(srctree)/scripts/package/mkdebian"], _root(build),
+                binds=binds, env=debian, cwd=BUILD)
     # build-arch is what was built above; binary-headers alone makes the one package.
     build.enter(["make", "-f", "debian/rules", "-o", "build-arch", "binary-headers"], _root(build),
                 binds=binds, env=debian, cwd=BUILD)

@@ -1,10 +1,9 @@
-"""What users get wrong, and what their machines do: one clear error, status 1, nothing half-made."""
+"""What users get wrong, and what machines do: one clear error, status 1, nothing half-made."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def refused(toy: ToyRepository, *argv: str, **environment: str) -> str:
     """The command line ends with status 1 and one error, without a traceback; what it said."""
     status, _out, err = toy.run(*argv, **environment)
     assert status == 1, err
-    assert err.count("error: ") == 1, err
+    assert sum(line.startswith("error: ") for line in err.splitlines()) == 1, err
     assert "Traceback" not in err
     return err
 
@@ -63,7 +62,7 @@ def test_extra_packages_that_are_no_names(toy: ToyRepository) -> None:
     ("kernel_module: open", "kernel_module: opened", "opened"),
     ("features: []", "features: 3", "features"),
     ('version: "550.163.01"', "version: 550.163", "version"),
-    ("format: erofs", "format: [erofs", "line"),
+    ("format: erofs", "format: [erofs", "this is not YAML"),
     ("name: debian-trixie", "name: other", "not the file's name"),
     ("agent: null", "agent: {file: /nowhere/kata-agent}", "/nowhere/kata-agent"),
 ])
@@ -82,11 +81,8 @@ def test_recipes(toy: ToyRepository, old: str, new: str, said: str) -> None:
                  Store(toy.store), toy.root).ensure("agent")
         return
     err = refused(toy, "build_image")
-    assert f"recipes/{RECIPE}.yaml" in err
     assert said in err
-    number = next(number for number, line in enumerate(path.read_text().splitlines(), 1)
-                  if new in line)
-    assert f":{number}" in err or "line" in err
+    assert f"recipes/{RECIPE}.yaml:" in err  # and the line
 
 
 def test_a_lock_that_was_damaged(toy: ToyRepository) -> None:
@@ -153,6 +149,18 @@ def test_an_unknown_driver_version_lists_those_that_exist(
     status, _out, err = toy.run("build_image")
     assert status == 0, err
     assert "out/debian-trixie/550.163.01/lock.json" in err
+
+
+def test_two_builds_without_a_lock_resolve_once(
+    toy: ToyRepository, archive: ToyArchive,
+) -> None:
+    set_archive(toy, archive.base, archive.home / "test.gpg")
+    processes = [toy.start(["build_image"]) for _ in range(2)]
+    said = "".join(process.communicate(timeout=120)[1] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert said.count("./doitw lock resolves anew") == 1
+    status, _out, err = toy.run("lock")
+    assert (status, err.count("./doitw lock resolves anew")) == (0, 1)
 
 
 def test_a_misspelt_extra_package(toy: ToyRepository, archive: ToyArchive) -> None:
@@ -229,4 +237,4 @@ def test_out_removed_altogether(toy: ToyRepository) -> None:
 
 def test_a_store_that_is_a_file(toy: ToyRepository) -> None:
     toy.store.write_text("")
-    assert "KATAGPU_STORE" in refused(toy, "build_image") or sys.platform != "linux"
+    assert "KATAGPU_STORE" in refused(toy, "build_image")
