@@ -70,12 +70,16 @@ def sizes(root: Path) -> dict[str, int]:
 
 def _part(path: str) -> str:
     name = path.rsplit("/", 1)[-1]
+    if path.startswith("var/lib/dpkg/"):
+        return "dpkg's database"
     if path.startswith("usr/lib/modules/"):
-        return "NVIDIA kernel modules" if "/video/nvidia" in path else "kernel modules"
+        return "NVIDIA kernel modules" if "/drivers/video/" in path else "kernel modules"
     if path.startswith("usr/lib/firmware/"):
         return "GSP firmware"
-    if name.startswith(("libcuda", "libnvidia", "nvidia-smi", "nvidia-persist", "nvidia-modprobe")):
+    if name.startswith("lib") and "/nvidia/" in path:
         return f"NVIDIA user space: {name.split('.so')[0]}"
+    if name in ("nvidia-smi", "nvidia-persistenced"):
+        return f"NVIDIA user space: {name}"
     if name in ("nvidia-ctk", "nvidia-cdi-hook", "nvidia-container-runtime-hook"):
         return "container toolkit"
     if name == "kata-agent":

@@ -168,7 +168,8 @@ def run(
         out: IO[bytes] | int = subprocess.PIPE if capture else sink
         errors: IO[bytes] | int = sink if log is not None else subprocess.PIPE
         process = _spawn(lambda: subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", _GUARD, str(os.getpid()), *words],
+            ["setpriv", "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _GUARD, str(os.getpid()),
+             *words],
             stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
             stdout=out, stderr=errors, cwd=cwd, env=environment,
             start_new_session=True, pass_fds=pass_fds))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,15 @@ def test_a_missing_program_can_be_mended_by_the_user(program: str) -> None:
         run([program])
     assert program in str(missing.value)
     assert "setup" in str(missing.value.hint)
+
+
+def test_a_path_of_ones_own_needs_no_shell_in_it(tmp_path: Path) -> None:
+    setpriv = shutil.which("setpriv", path=runner.PATH)
+    assert setpriv is not None
+    (tmp_path / "setpriv").symlink_to(setpriv)
+    (tmp_path / "tool").write_text("#!/bin/sh\necho it ran\n")
+    (tmp_path / "tool").chmod(0o755)
+    assert run(["tool"], env={"PATH": str(tmp_path)}, capture=True).stdout == b"it ran\n"
 
 
 def test_a_missing_directory_is_not_taken_for_a_missing_program(tmp_path: Path) -> None:
