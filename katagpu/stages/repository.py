@@ -6,6 +6,10 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from debian.deb822 import Deb822
 
 PLACE = "/katagpu/repository"  # where a sandbox sees it
 SOURCE = f"deb [trusted=yes] copy:{PLACE} ./"
@@ -17,8 +21,6 @@ def lay(directory: Path, debs: Mapping[str, Path]) -> None:
     Their digests were checked against the lock, and the lock against the archive's signature, so
     the index carries no signature of its own.
     """
-    from debian.debfile import DebFile
-
     directory.mkdir()
     paragraphs = []
     for digest, path in debs.items():
@@ -27,7 +29,7 @@ def lay(directory: Path, debs: Mapping[str, Path]) -> None:
             os.link(path, directory / name)
         except OSError:
             shutil.copyfile(path, directory / name)
-        control = DebFile(filename=str(path)).debcontrol()
+        control = control_of(path)
         control["Filename"] = f"./{name}"
         control["Size"] = str(path.stat().st_size)
         control["SHA256"] = digest
@@ -37,7 +39,13 @@ def lay(directory: Path, debs: Mapping[str, Path]) -> None:
 
 def name_of(path: Path) -> str:
     """`package=version` of a package file, as apt-get installs it."""
+    control = control_of(path)
+    return f"{control['Package']}={control['Version']}"
+
+
+def control_of(path: Path) -> Deb822:
+    """A package's control fields."""
     from debian.debfile import DebFile
 
-    control = DebFile(filename=str(path)).debcontrol()
-    return f"{control['Package']}={control['Version']}"
+    with path.open("rb") as stream, DebFile(fileobj=stream) as deb:
+        return deb.debcontrol()

@@ -47,7 +47,7 @@ def bundle(directory: Path) -> None:
     """An OCI bundle of a container that asks for all GPUs."""
     (directory / "rootfs").mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({
-        "ociVersion": "1.0.2", "root": {"path": "rootfs"},
+        "ociVersion": "1.0.2", "root": {"path": "/katagpu/bundle/rootfs"},
         "process": {"args": ["true"], "cwd": "/",
                     "env": ["NVIDIA_VISIBLE_DEVICES=all",
                             "NVIDIA_DRIVER_CAPABILITIES=compute,utility"]}}))
