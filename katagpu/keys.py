@@ -24,6 +24,8 @@ MECHANISMS: dict[str, int] = {
     "run": 1,
     "keys": 1,
     "store": 1,
+    "files": 1,
+    "inside": 1,
     "tree": 2,
     "fetch": 1,
     "enter": 2,

@@ -3,7 +3,7 @@
 Layout (the blob part is that of an OCI image layout):
 
     blobs/sha256/<hex>   bytes
-    trees/<hex>          for a tree: the blob that holds it, compressed
+    checked/<hex>        the state in which a blob's bytes were last hashed
     actions/<hex>.json   for an action: its key, outputs and record
     unpacked/<name>/     trees and sources unpacked for use: disposable
     staging/ locks/ partial/ ccache/
@@ -14,11 +14,9 @@ Everything is committed by fsync and rename, the action last, so a reader sees a
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import glob
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,10 +28,13 @@ import msgspec
 
 from katagpu import log
 from katagpu.errors import CorruptBlob, StepError, UserError
+from katagpu.files import clone_or_copy as clone_or_copy
+from katagpu.files import sync as sync
+from katagpu.files import writing as writing
 from katagpu.keys import file_digest, readable_digest
 
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# made by katagpu; safe to delete\n"
-DIRECTORIES = ("blobs/sha256", "trees", "actions", "unpacked", "staging", "locks", "partial")
+DIRECTORIES = ("blobs/sha256", "checked", "actions", "unpacked", "staging", "locks", "partial")
 
 
 class Kind(StrEnum):
@@ -72,32 +73,6 @@ def default_root() -> Path:
         return Path(given).absolute()
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "katagpu"
-
-
-@contextlib.contextmanager
-def writing(root: Path) -> Iterator[None]:
-    """Turn the system's refusals while writing below `root` into what a user can mend."""
-    try:
-        yield
-    except OSError as refusal:
-        if refusal.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(root).free if root.exists() else 0
-            raise UserError(
-                f"no space left in the store {root} ({free // 1_000_000} MB free)",
-                hint="./doitw cache:gc, or set KATAGPU_STORE to a larger file system") from None
-        if refusal.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
-            raise UserError(f"cannot write to {refusal.filename or root}: {refusal.strerror}",
-                            hint="set KATAGPU_STORE to a directory that you may write") from None
-        raise
-
-
-def sync(path: Path) -> None:
-    """fsync a file or directory by path."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Store:
@@ -147,42 +122,60 @@ class Store:
             sync(path)
             path.rename(target)
             sync(target.parent)
+            self._note_sound(digest, self._mark(digest))
         return digest, size
 
-    def copy_out(self, digest: str, target: Path) -> None:
-        """Copy a blob to a file, checking its bytes on the way; all or nothing.
+    # Hashing costs more than copying. A blob whose bytes were hashed is marked with what any later
+    # write through the file system changes; `verify` hashes whatever the marks say.
 
-        Raises `CorruptBlob` (the blob is dropped) when they are not what they should be.
+    def _mark(self, digest: str) -> str:
+        found = self.blob(digest).stat()
+        return f"{found.st_size} {found.st_ino} {found.st_mtime_ns} {found.st_ctime_ns}"
+
+    def _note_sound(self, digest: str, mark: str) -> None:
+        with contextlib.suppress(OSError):  # the mark saves time and is never needed
+            path = self.root / "checked" / digest
+            part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+            part.write_text(mark)
+            part.replace(path)
+
+    def _is_marked(self, digest: str) -> bool:
+        try:
+            return (self.root / "checked" / digest).read_text() == self._mark(digest)
+        except OSError:
+            return False
+
+    def sound(self, digest: str) -> Path:
+        """The blob, its bytes verified. Raises `CorruptBlob`; the blob is dropped then."""
+        path = self.blob(digest)
+        if self._is_marked(digest):
+            return path
+        with contextlib.suppress(OSError):
+            mark = self._mark(digest)
+            if file_digest(path) == digest:
+                self._note_sound(digest, mark)
+                return path
+        found = readable_digest(path)
+        self.drop(digest)
+        raise CorruptBlob(digest, found)
+
+    def copy_out(self, digest: str, target: Path) -> None:
+        """Copy a verified blob to a file, all or nothing.
+
+        Raises `CorruptBlob` (the blob is dropped) when its bytes are not what they should be.
         """
-        source = self.blob(digest)
+        source = self.sound(digest)
         for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
             if not Path("/proc", left.suffixes[-2][1:]).exists():  # of a killed run
                 left.unlink(missing_ok=True)
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        found: list[str] = []
-        hasher = threading.Thread(target=lambda: found.append(readable_digest(source)))
-        hasher.start()
         try:
-            try:
-                with part.open("wb") as writer:
-                    clone_or_copy(source, writer.fileno())
-            except OSError:
-                hasher.join()
-                if found == [digest]:
-                    raise
-            hasher.join()
-            if found != [digest]:
-                self.drop(digest)
-                raise CorruptBlob(digest, found[0])
+            with part.open("wb") as writer:
+                clone_or_copy(source, writer.fileno())
             part.chmod(0o644)
             part.replace(target)
         finally:
-            hasher.join()
             part.unlink(missing_ok=True)
-
-    def put_tree(self, identity: str, blob: str) -> None:
-        """Record which blob holds a tree."""
-        self._write(self.root / "trees" / identity, blob.encode())
 
     # actions
 
@@ -337,9 +330,8 @@ class Store:
         """
         before = self.usage()
         self._sweep(remove)
-        for directory in ("actions", "trees"):
-            for part in (self.root / directory).glob(".*.part"):
-                part.unlink(missing_ok=True)
+        for part in (self.root / "actions").glob(".*.part"):
+            part.unlink(missing_ok=True)
         for entry in (self.root / "unpacked").iterdir():
             remove(entry)
         keep: set[str] = set()
@@ -355,8 +347,8 @@ class Store:
         for path in (self.root / "blobs" / "sha256").iterdir():
             if path.name not in keep:
                 path.unlink()
-        for path in (self.root / "trees").iterdir():
-            if path.read_text().strip() not in keep:
+        for path in (self.root / "checked").iterdir():
+            if not self.has(path.name):
                 path.unlink()
         return before - self.usage()
 
@@ -377,19 +369,3 @@ def _is(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
-
-
-def clone_or_copy(source: Path, target: int) -> None:
-    """Copy a file into a descriptor, by reflink where there are such. Raises `OSError`."""
-    ficlone = 0x40049409  # FICLONE, ioctl_ficlone(2)
-    with source.open("rb") as reader:
-        handle = reader.fileno()
-        with contextlib.suppress(OSError):
-            fcntl.ioctl(target, ficlone, handle)
-            return
-        left = os.fstat(handle).st_size
-        while left > 0:
-            done = os.sendfile(target, handle, None, left)
-            if done == 0:
-                raise OSError(errno.EIO, "the file ended early", str(source))
-            left -= done

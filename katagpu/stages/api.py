@@ -103,12 +103,7 @@ class Build:
         """A file input, its bytes verified. Raises `CorruptBlob`."""
         output = self.inputs[name]
         assert output.kind is Kind.FILE, name
-        path = self.store.blob(output.blob)
-        found = keys.file_digest(path)
-        if found != output.blob:
-            self.store.drop(output.blob)
-            raise CorruptBlob(output.blob, found)
-        return path
+        return self.store.sound(output.blob)
 
     def tree(self, name: str) -> Path:
         """A tree input as a directory that must not be written to (an overlay's lower one)."""
@@ -202,17 +197,19 @@ class Build:
         finally:
             self.cpu += entry.cpu
 
-    def inside(self, operation: str, roots: Sequence[Root], **arguments: Any) -> Any:
-        """Call a function of `katagpu.inside` in the namespace that owns a root's files.
+    def inside(self, function: Callable[..., Any], roots: Sequence[Root], **arguments: Any) -> Any:
+        """Call a module's function in the namespace that owns a root's files.
 
-        The root is assembled but not entered; the function gets its path, and answers with JSON.
+        The root is assembled but not entered. The function gets its path and `arguments`; they and
+        the answer go as JSON.
         """
         self._entries += 1
         scratch = self.directory(f"entry{self._entries}")
         request = scratch / "request.json"
         answer = scratch / "answer.json"
         mount = Entry(argv=(), roots=(), scratch=scratch).mount
-        request.write_text(json.dumps({"operation": operation, "root": str(mount),
+        request.write_text(json.dumps({"module": function.__module__,
+                                       "function": function.__name__, "root": str(mount),
                                        "answer": str(answer), "arguments": arguments}))
         code = f"import sys; sys.path.insert(0, {str(keys.PACKAGE.parent)!r}); " \
                "from katagpu.inside import main; main(sys.argv[1])"
@@ -262,7 +259,6 @@ class Build:
         with writing(self.store.root):
             identity = sandbox.capture(directory, packed, form, log=self.log)
         blob, size = self.store.put(packed)
-        self.store.put_tree(identity, blob)
         self.outputs[name] = Output(kind=Kind.TREE, identity=identity, blob=blob, size=size)
 
     def finish(self, key: Mapping[str, Any], record: Mapping[str, Any]) -> Action:

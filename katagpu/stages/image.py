@@ -10,7 +10,7 @@ import dataclasses
 import json
 from pathlib import Path, PurePosixPath
 
-from katagpu import disk, filesystem, log, newc
+from katagpu import disk, filesystem, log, newc, packing
 from katagpu.keys import digest
 from katagpu.sandbox import Bind, Root
 from katagpu.schema import Compression, Image, ImageFormat, Recipe
@@ -58,7 +58,7 @@ def make_image(build: Build) -> None:
     packers = {ImageFormat.EROFS: _erofs, ImageFormat.EXT4: _ext4, ImageFormat.INITRD: _initrd}
     with writing(build.store.root):
         target = packers[ImageFormat(build.options["format"])](build, guest, identity, out)
-    sizes = build.inside("sizes", [guest])
+    sizes = build.inside(packing.sizes, [guest])
     build.put_bytes("sizes", json.dumps(sizes, indent=1).encode())
     build.put_file("image", target)
 
@@ -85,7 +85,7 @@ def _erofs(build: Build, guest: Root, identity: str, out: Path) -> Path:
 def _ext4(build: Build, guest: Root, identity: str, out: Path) -> Path:
     roots, binds = _tools(build, guest, out)
     dax = build.options["dax_header"]
-    need = filesystem.ext4_need(filesystem.TreeSize(**build.inside("measure", [guest])))
+    need = filesystem.ext4_need(filesystem.TreeSize(**build.inside(filesystem.measure, [guest])))
     size = disk.ext4_size(need.size, dax=dax)
     room = disk.layout(size, dax=dax).partitions[0].size
     need = dataclasses.replace(need, size=room // filesystem.BLOCK * filesystem.BLOCK)
@@ -105,7 +105,7 @@ def _initrd(build: Build, guest: Root, identity: str, out: Path) -> Path:
     """The merged tree as newc, compressed; `identity` has no place in the format."""
     del identity
     tar, archive = build.scratch / "tree.tar", out / "initrd"
-    build.inside("tar", [guest], target=str(tar))
+    build.inside(packing.write_tar, [guest], target=str(tar))
     with archive.open("wb") as stream:
         lost = newc.write(lambda: tar.open("rb"), stream, time=EPOCH)
     for name in lost:

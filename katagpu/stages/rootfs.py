@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from katagpu import agent, guestfiles, log
+from katagpu import agent, assembly, guestfiles, log
 from katagpu.check import elf
 from katagpu.check.facts import Finding, Severity, raise_on
 from katagpu.errors import StepError
@@ -82,7 +82,7 @@ def make_rootfs(build: Build) -> None:
     release = build.blob("release").read_text()
     merged = [Root(lower=stack(build), upper=upper)]
     plain = [Root(lower=stack(build), upper=upper, special=False)]
-    build.inside("lay", plain, variables={
+    build.inside(assembly.lay, plain, variables={
         "toolkit_mode": build.options["toolkit"], "drm": build.options["drm"],
         "hook_binary": "/usr/bin/nvidia-container-runtime-hook",
         "driver_layout": "debian", "multiarch": "x86_64-linux-gnu",
@@ -103,7 +103,7 @@ def make_rootfs(build: Build) -> None:
 
 def check(build: Build, plain: list[Root], release: str) -> list[Finding]:
     """Run the checks in the namespace that owns the files."""
-    found = build.inside("check", plain, facts={
+    found = build.inside(assembly.check, plain, facts={
         "kernel_release": release, "symvers": str(build.blob("symvers")),
         "kernel_config": str(build.blob("config")),
         "kernel_build_id": elf.read_build_id(build.blob("vmlinux")),

@@ -217,7 +217,6 @@ def test_whatever_writes_says_that_the_store_is_read_only(read_only: Plan, tmp_p
     new.write_bytes(b"y")
     actions: list[Callable[[], object]] = [
         lambda: store.commit("b" * 64, Action(stage="x", key={}, outputs={}, record={})),
-        lambda: store.put_tree("c" * 64, "d" * 64),
         lambda: store.drop(next((store.root / "blobs" / "sha256").iterdir()).name),
         lambda: store.lock("e" * 64).__enter__(),
         lambda: store.staging("x", sandbox.remove).__enter__(),

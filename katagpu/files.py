@@ -1,0 +1,55 @@
+"""Writing files so that a reader sees all or nothing, and what a user can do when that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from katagpu.errors import UserError
+
+
+@contextlib.contextmanager
+def writing(root: Path) -> Iterator[None]:
+    """Turn the system's refusals while writing below `root` into what a user can mend."""
+    try:
+        yield
+    except OSError as refusal:
+        if refusal.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(root).free if root.exists() else 0
+            raise UserError(
+                f"no space left in the store {root} ({free // 1_000_000} MB free)",
+                hint="./doitw cache:gc, or set KATAGPU_STORE to a larger file system") from None
+        if refusal.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            raise UserError(f"cannot write to {refusal.filename or root}: {refusal.strerror}",
+                            hint="set KATAGPU_STORE to a directory that you may write") from None
+        raise
+
+
+def sync(path: Path) -> None:
+    """fsync a file or directory by path."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def clone_or_copy(source: Path, target: int) -> None:
+    """Copy a file into a descriptor, by reflink where there are such. Raises `OSError`."""
+    ficlone = 0x40049409  # FICLONE, ioctl_ficlone(2)
+    with source.open("rb") as reader:
+        handle = reader.fileno()
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(target, ficlone, handle)
+            return
+        left = os.fstat(handle).st_size
+        while left > 0:
+            done = os.sendfile(target, handle, None, left)
+            if done == 0:
+                raise OSError(errno.EIO, "the file ended early", str(source))
+            left -= done
