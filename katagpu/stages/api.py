@@ -147,16 +147,18 @@ class Build:
         return self.store.blob(digest)
 
     def _fetch(self, wanted: Sequence[tuple[str, str, int | None, str]]) -> None:
-        missing = [item for item in wanted if not self.store.has(item[1], item[2])]
-        if not missing:
+        """Fetch what the store lacks; stages side by side want the same packages."""
+        def missing() -> list[tuple[str, str, int | None, str]]:
+            return [item for item in wanted if not self.store.has(item[1], item[2])]
+
+        if not missing():
             return
-        with writing(self.store.root):
+        with self.store.lock("fetch"), writing(self.store.root):
             partial = self.store.root / "partial"
             jobs = [(Job(url=url, sha256=digest, size=size, what=what), partial / digest)
-                    for url, digest, size, what in missing]
+                    for url, digest, size, what in missing()]
             fetch_all(jobs)
-        for job, path in jobs:
-            if path.exists():
+            for job, path in jobs:
                 self.store.put(path, job.sha256)
 
     def repository(self, group: str, files: Sequence[Path] = ()) -> Path:

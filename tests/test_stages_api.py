@@ -1,0 +1,64 @@
+"""What a stage gets: fetched packages, and sources unpacked once."""
+
+from __future__ import annotations
+
+import threading
+from hashlib import sha256
+from pathlib import Path
+
+from katagpu.lock import Deb
+from katagpu.stages.api import Build, Stage
+from katagpu.store import Store
+
+
+def make_build(tmp_path: Path, store: Store, name: str, debs: tuple[Deb, ...]) -> Build:
+    stage = Stage(name=name, title=name, module="stages.api", make=lambda build: None, outputs={},
+                  packages={"packages": debs})
+    scratch = tmp_path / name
+    scratch.mkdir()
+    return Build(stage, store, {}, scratch, tmp_path / "log")
+
+
+def make_debs(directory: Path, count: int) -> tuple[Deb, ...]:
+    directory.mkdir()
+    debs = []
+    for number in range(count):
+        path = directory / f"toy{number}.deb"
+        path.write_bytes(f"package {number}".encode())
+        debs.append(Deb(package=f"toy{number}", version="1", architecture="all",
+                        url=path.as_uri(), size=path.stat().st_size,
+                        sha256=sha256(path.read_bytes()).hexdigest()))
+    return tuple(debs)
+
+
+def test_stages_side_by_side_fetch_the_same_packages(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    store.prepare()
+    debs = make_debs(tmp_path / "mirror", 40)
+    builds = [make_build(tmp_path, store, f"stage{number}", debs) for number in range(6)]
+    found: list[list[Path]] = []
+    threads = [threading.Thread(target=lambda build=build: found.append(build.debs("packages")))
+               for build in builds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = [store.blob(deb.sha256) for deb in debs]
+    assert found == [expected] * len(builds)
+    assert all(path.read_bytes().startswith(b"package") for path in expected)
+
+
+def test_a_source_is_unpacked_once(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    store.prepare()
+    build = make_build(tmp_path, store, "stage", ())
+    unpacked: list[Path] = []
+
+    def unpack(target: Path) -> None:
+        unpacked.append(target)
+        target.mkdir()
+        (target / "Makefile").touch()
+
+    first, second = (build.unpacked("source-x", unpack) for _ in range(2))
+    assert first == second and (first / "Makefile").exists()
+    assert len(unpacked) == 1
