@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from katagpu.lock import Lock
-from katagpu.schema import DriverSource, Recipe, ToolkitSource
+from katagpu.schema import DriverSource, Headers, Recipe, ToolkitSource
 from katagpu.stages import driver, final, image, kernel, rootfs, roots, source, toolkit
 from katagpu.stages.api import Ref, Stage
 
@@ -26,6 +26,9 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
                                  files=[root / deb for deb in recipe.toolkit.debs]))
     if recipe.toolkit.source is not ToolkitSource.NONE:
         chain = [*chain, Ref(stage="toolkit", output="layer")]
+    if recipe.kernel.headers is Headers.RPM:
+        found.append(roots.layer(lock, "rpm_tools", "rpmbuild on the build root",
+                                 [Ref(stage="toolchain", output="root")]))
     if recipe.rootfs.extra_packages:
         found.append(roots.layer(lock, "build_layer", "EXTRA_PKGS on the build root",
                                  [Ref(stage="toolchain", output="root")]))

@@ -57,13 +57,14 @@ def groups(recipe: Recipe, root: Path) -> dict[str, Group]:
     """The groups of packages of a recipe; `root` is the repository."""
     extra = recipe.rootfs.extra_packages
     shipped = (*recipe.rootfs.packages, *(extra if recipe.rootfs.keep_extra_pkgs else ()))
-    rpm = ("rpm",) if recipe.kernel.headers is Headers.RPM else ()
     found = {
         "stage0": Group(packages=STAGE0),
-        "toolchain": Group(packages=(*TOOLCHAIN, *rpm)),
+        "toolchain": Group(packages=TOOLCHAIN),
         "imagetools": Group(packages=IMAGE_TOOLS),
         "base": Group(packages=(*BASE, *shipped)),
     }
+    if recipe.kernel.headers is Headers.RPM:
+        found["rpm_tools"] = Group(packages=("rpm",), on="toolchain")
     if extra:
         found["build_layer"] = Group(packages=tuple(extra), on="toolchain")
     if recipe.kernel.source is KernelSource.DEBIAN:

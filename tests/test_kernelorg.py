@@ -13,10 +13,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from katagpu import kernelorg
+from katagpu import kernelorg, recipe
+from katagpu import keys as keys_module
 from katagpu.errors import StepError, UserError
 from katagpu.fetch import Gone
+from katagpu.lock import Lock
+from katagpu.plan import Plan
+from katagpu.schema import KernelSource
+from katagpu.stages import source
+from katagpu.store import Store
 
 pytestmark = pytest.mark.skipif(
     shutil.which("gpg") is None or shutil.which("gpgv") is None,
@@ -173,3 +180,48 @@ def test_addresses() -> None:
     assert kernelorg.urls("6.12.30") == (
         "https://cdn.kernel.org/pub/linux/kernel/v6.x/linux-6.12.30.tar.xz",
         "https://cdn.kernel.org/pub/linux/kernel/v6.x/linux-6.12.30.tar.sign")
+
+
+def make_stage(site: Any, keys: Path, tmp_path: Path) -> tuple[Plan, Path]:
+    """A plan of the source stage of a recipe that asks for the toy release."""
+    root = tmp_path / "repository"
+    shutil.copytree(keys, root / "keys/kernel.org")
+    default = recipe.load("debian-trixie", keys_module.PACKAGE.parent)
+    kernel = replace(default.kernel, source=KernelSource.KERNEL_ORG, package=None,
+                     version="6.12.3", releases=site.base)
+    stage = source.source(replace(default, kernel=kernel),
+                          Lock(recipe="toy", request="", groups={}), root)
+    return Plan({stage.name: stage}, Store(tmp_path / "store"), tmp_path / "logs"), root
+
+
+def test_stage_keeps_the_verified_tarball_and_its_signer(
+        site: Any, signers: tuple[Signer, Signer], keys: Path, tmp_path: Path) -> None:
+    serve(site, signers[0].sign(TAR))
+    plan, _root = make_stage(site, keys, tmp_path)
+    action = plan.ensure("kernel_source")
+    assert action.record["signed_by"] == signers[0].fingerprint
+    assert lzma.decompress(plan.store.blob(action.outputs["tarball"].blob).read_bytes()) == TAR
+    asked = len(site.asked)
+    plan.forget()
+    assert plan.ensure("kernel_source") == action
+    assert len(site.asked) == asked
+
+
+def test_stage_fails_on_a_strangers_signature(
+        site: Any, signers: tuple[Signer, Signer], keys: Path, tmp_path: Path) -> None:
+    serve(site, signers[1].sign(TAR))
+    plan, _root = make_stage(site, keys, tmp_path)
+    with pytest.raises(StepError, match="not good"):
+        plan.ensure("kernel_source")
+    assert plan.action("kernel_source") is None
+
+
+def test_other_pinned_keys_fetch_and_verify_again(
+        site: Any, signers: tuple[Signer, Signer], keys: Path, tmp_path: Path) -> None:
+    serve(site, signers[0].sign(TAR))
+    plan, root = make_stage(site, keys, tmp_path)
+    plan.ensure("kernel_source")
+    pinned = root / "keys/kernel.org/fingerprints"
+    pinned.write_text(pinned.read_text() + "# reviewed\n")
+    plan.forget()
+    assert "fingerprints" in plan.reason("kernel_source")

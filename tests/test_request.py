@@ -97,10 +97,13 @@ def test_extra_packages_are_below_the_driver_and_shipped_when_asked(
     assert {"gcc", "make"} <= set(request.groups(kept, repository)["base"].packages)
 
 
-def test_rpm_headers_need_rpm(default: Recipe, repository: Path) -> None:
-    assert "rpm" not in request.groups(default, repository)["toolchain"].packages
-    rpm = change(default, "kernel", headers=Headers.RPM)
-    assert "rpm" in request.groups(rpm, repository)["toolchain"].packages
+def test_rpm_headers_need_rpm_and_the_same_toolchain(default: Recipe, repository: Path) -> None:
+    groups = request.groups(default, repository)
+    assert "rpm_tools" not in groups
+    rpm = request.groups(change(default, "kernel", headers=Headers.RPM), repository)
+    assert rpm["rpm_tools"].packages == ("rpm",) and rpm["rpm_tools"].on == "toolchain"
+    # ccache knows the compiler by the toolchain's content: another one would compile everything.
+    assert rpm["toolchain"] == groups["toolchain"]
 
 
 def test_toolkit_packages_given_as_files(default: Recipe, tmp_path: Path) -> None:

@@ -78,8 +78,8 @@ def tree(build: Build) -> Path:
     return build.unpacked(f"source-{state}", unpack)
 
 
-def _root(build: Build, extra: Sequence[Path] = ()) -> list[Root]:
-    return [Root(lower=(*extra, build.tree("toolchain")), upper=build.directory("upper"))]
+def _root(build: Build) -> list[Root]:
+    return [Root(lower=(build.tree("toolchain"),), upper=build.directory("upper"))]
 
 
 def make_config(build: Build) -> None:
@@ -118,16 +118,16 @@ def kernel(recipe: Recipe, lock: Lock, root: Path) -> Stage:
     version = lock.version("kernel_source", recipe.kernel.package or "")
     outputs = {name: Kind.FILE for name in ("vmlinuz", "vmlinux", "system_map", "symvers",
                                             "release", "headers")}
-    rpm = recipe.kernel.headers is Headers.RPM
-    if rpm:
+    inputs = {"toolchain": TOOLCHAIN, "tarball": TARBALL,
+              "config": Ref(stage="kernel_config", output="config")}
+    if recipe.kernel.headers is Headers.RPM:
         outputs["headers_rpm"] = Kind.FILE
+        inputs["rpm_tools"] = Ref(stage="rpm_tools", output="layer")
     return Stage(name="kernel", title="kernel and headers", module=MODULE, make=make_kernel,
                  outputs={**outputs, "modules": Kind.TREE},
-                 options={"rpm": rpm, "stamps": STAMPS,
+                 options={"stamps": STAMPS,
                           "package_version": version or f"{recipe.kernel.version}-1"},
-                 inputs={"toolchain": TOOLCHAIN, "tarball": TARBALL,
-                         "config": Ref(stage="kernel_config", output="config")},
-                 files=patch_files(root, patches.Target.KERNEL))
+                 inputs=inputs, files=patch_files(root, patches.Target.KERNEL))
 
 
 def environment(build: Build, cache: str) -> tuple[list[Bind], dict[str, str]]:
@@ -195,7 +195,7 @@ def headers(build: Build, work: Path, binds: Sequence[Bind], env: Mapping[str, s
                 binds=binds, env=debian, cwd=BUILD)
     (deb,) = sorted(work.parent.glob(f"linux-headers-{release}_*.deb"))
     build.put_file("headers", deb)
-    if build.options["rpm"]:
+    if "rpm_tools" in build.inputs:
         _headers_rpm(build, work, binds, fixed)
 
 
@@ -204,7 +204,9 @@ def _headers_rpm(build: Build, work: Path, binds: Sequence[Bind], env: Mapping[s
     defines = {"_buildhost": "katagpu", "use_source_date_epoch_as_buildtime": "1",
                "clamp_mtime_to_source_date_epoch": "1", "source_date_epoch_from_changelog": "0"}
     options = " ".join(f"--define='{name} {value}'" for name, value in defines.items())
-    build.enter(["make", ARCH, "binrpm-pkg", f"RPMOPTS={options}"], _root(build), binds=binds,
-                env=env, cwd=BUILD)
+    roots = [Root(lower=(build.tree("rpm_tools"), build.tree("toolchain")),
+                  upper=build.directory("rpm"))]
+    build.enter(["make", ARCH, "binrpm-pkg", f"RPMOPTS={options}"], roots, binds=binds, env=env,
+                cwd=BUILD)
     (rpm,) = sorted((work / "rpmbuild/RPMS").rglob("kernel-devel-*.rpm"))
     build.put_file("headers_rpm", rpm)
