@@ -80,7 +80,7 @@ def root() -> Path:
      {"driver_modules", "rootfs", "manifest"}),
     (section("driver", version="550.200"), {"driver_modules", "rootfs", "manifest"}),
     (section("driver", capabilities=(Capability.COMPUTE,)), {"rootfs", "manifest"}),
-    (section("kernel", headers=Headers.RPM), {"kernel"}),
+    (section("kernel", headers=Headers.RPM), {"kernel", "rpm_tools"}),
     (section("kernel", features=("drm",)), {"kernel_config", "rootfs"}),
     (section("toolkit", version="v1.18.0"), {"toolkit_source", "toolkit", "manifest"}),
     (section("image", compression=Compression.LZ4HC), {"image", "rootfs", "manifest"}),
