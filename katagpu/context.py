@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from katagpu import artifacts, guest, lock, log, receipt, recipe, request
+from katagpu import artifacts, guest, keys, lock, log, receipt, recipe, request
 from katagpu.artifacts import Outcome
 from katagpu.errors import CorruptBlob, UserError
 from katagpu.plan import Plan
@@ -54,8 +54,12 @@ class Context:
 
     @property
     def lock_path(self) -> Path:
-        """The lock of this run: under out/, never a silent edit of a committed one."""
-        return self.directory / "lock.json"
+        """The lock of this run: under out/, never a silent edit of a committed one.
+
+        Packages of this run alone (EXTRA_PKGS) have a lock of their own beside the recipe's.
+        """
+        extra = sorted(self.environment.get("EXTRA_PKGS", "").split())
+        return self.directory / (f"lock-{keys.digest(extra)[:12]}.json" if extra else "lock.json")
 
     @functools.cached_property
     def _locked(self) -> lock.Lock | None:

@@ -66,3 +66,11 @@ def test_a_comment_in_a_fragment_stops_at_the_configuration(
     after = plan.ensure("kernel_config")
     assert before is not None and after.outputs == before.outputs
     assert plan.reason("kernel") == "hit"
+
+
+def test_packages_of_one_run_have_a_lock_of_their_own(context: Context) -> None:
+    extra = Context(context.root, {}, environment={"EXTRA_PKGS": "make gcc"})
+    same = Context(context.root, {}, environment={"EXTRA_PKGS": " gcc  make"})
+    other = Context(context.root, {}, environment={"EXTRA_PKGS": "gcc"})
+    assert extra.lock_path == same.lock_path
+    assert len({context.lock_path, extra.lock_path, other.lock_path}) == 3
