@@ -14,7 +14,7 @@ import msgspec
 
 from katagpu import log
 from katagpu.plan import Plan
-from katagpu.schema import ImageFormat, Recipe
+from katagpu.schema import Headers, ImageFormat, Recipe
 from katagpu.store import Output, writing
 
 STATE = ".restored.json"
@@ -50,7 +50,8 @@ def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
         Artifact(stage="kernel", output="system_map", name="System.map-{release}"),
         Artifact(stage="kernel_config", output="config", name="config-{release}"),
     )
-    headers = (Artifact(stage="kernel", output="headers",
+    rpm = recipe.kernel.headers is Headers.RPM
+    headers = (Artifact(stage="kernel", output="headers_rpm" if rpm else "headers",
                         name=f"linux-headers-{{release}}.{recipe.kernel.headers}"),)
     report = (Artifact(stage="rootfs", output="report", name="checks.txt"),)
     initrd = (Artifact(stage="initrd", output="image", name=f"{base}.initrd",

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from katagpu import guest, keys, recipe, request
+from katagpu import artifacts, guest, keys, recipe, request
 from katagpu.lock import Deb, Lock
 from katagpu.recipe import (
     Agent,
@@ -194,3 +194,17 @@ def test_a_stage_s_code_is_in_its_key_and_its_title_is_not(default: Recipe, root
 def test_only_the_toolkit_s_source_has_the_network(default: Recipe, root: Path) -> None:
     stages = guest.stages(default, locked(default, root), root)
     assert [name for name, stage in stages.items() if stage.network] == ["toolkit_source"]
+
+
+@pytest.mark.parametrize("headers", list(Headers))
+@pytest.mark.parametrize("task", ["build_kernel", "build_headers", "build_image", "build_initrd"])
+def test_artifacts_are_outputs_of_their_stages(
+    default: Recipe, root: Path, headers: Headers, task: str,
+) -> None:
+    chosen = replace(default, kernel=replace(default.kernel, headers=headers))
+    stages = guest.stages(chosen, locked(default, root), root)
+    wanted = artifacts.of(chosen, task)
+    assert all(artifact.output in stages[artifact.stage].outputs for artifact in wanted)
+    packages = {artifact.output for artifact in wanted if artifact.name.startswith("linux-headers")}
+    if task in ("build_headers", "build_image"):
+        assert packages == {"headers_rpm" if headers is Headers.RPM else "headers"}
