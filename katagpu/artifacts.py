@@ -59,7 +59,7 @@ def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
     image = (Artifact(stage="image", output="image", name=f"{base}.image",
                       link="kata-containers-nvidia-gpu.img"),)
     if recipe.image.format is ImageFormat.INITRD:
-        image = initrd
+        image = (msgspec.structs.replace(initrd[0], stage="image"),)
     final = (Artifact(stage="image", output="sizes", name="sizes.json"),
              Artifact(stage="kata_config", output="config", name="50-katagpu.toml"),
              Artifact(stage="manifest", output="manifest", name="manifest.json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from katagpu import keys
 from katagpu.lock import Lock
 from katagpu.schema import DriverSource, Headers, Recipe, ToolkitSource
 from katagpu.stages import driver, final, image, kernel, rootfs, roots, source, toolkit
@@ -39,4 +40,6 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
         found.append(rootfs.agent_stage(recipe, root))
     found += [rootfs.rootfs(recipe, root), image.image(recipe), image.initrd(recipe),
               final.kata_config(recipe), final.manifest(recipe, lock)]
+    for stage in found:
+        keys.code(stage.module)  # now: a key names the code that is loaded, not a later edit
     return {stage.name: stage for stage in found}

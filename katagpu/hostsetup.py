@@ -21,6 +21,7 @@ PROGRAMS: Mapping[str, str] = {
     "dpkg-deb": "dpkg",
     "gpgv": "gpgv",
     "mmdebstrap": "mmdebstrap",
+    "patch": "patch",
     "setpriv": "util-linux",
     "unshare": "util-linux",
     "xz": "xz-utils",

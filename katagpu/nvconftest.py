@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from katagpu.files import sync
 from katagpu.keys import digest, file_digest
 
 DIRECTORY = "conftest"
@@ -50,9 +51,11 @@ def keep(source: Path, cache: Path, scratch: Path) -> None:
             place = part / path.relative_to(source / DIRECTORY)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
+            sync(place)  # an empty result after a power cut would be taken for an answer
     if not part.is_dir():
         return
     cache.parent.mkdir(parents=True, exist_ok=True)
+    sync(part)
     try:
         part.rename(cache)
     except OSError:

@@ -142,6 +142,9 @@ class Plan:
             except StepError as failure:
                 full_disk(self.store.root, failure)
                 raise
+            if stage.file_digests() != key["files"]:
+                raise UserError(f"{name}: a file that it reads was edited while it ran",
+                                hint="run the same command again")
             return build.finish(key, {"wall": round(time.monotonic() - started, 2),
                                       "cpu": round(build.cpu, 2), "reason": reason})
 

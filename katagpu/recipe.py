@@ -190,6 +190,8 @@ def _toolkit(recipe: Recipe, root: Path) -> Iterator[Problem]:
         yield ("toolkit", "version"), "belongs to `source: go`", "remove it"
     if toolkit.source is ToolkitSource.DEBS and not toolkit.debs:
         yield ("toolkit",), "`source: debs` needs `debs`, a list of files", None
+    if len({Path(deb).name for deb in toolkit.debs}) != len(toolkit.debs):
+        yield ("toolkit", "debs"), "two files have one name", "rename one of them"
     if toolkit.source is not ToolkitSource.DEBS and toolkit.debs:
         yield ("toolkit", "debs"), "belongs to `source: debs`", "remove it"
     for number, deb in enumerate(toolkit.debs):

@@ -109,14 +109,13 @@ class Compression(StrEnum):
     """Compressors of the packed root file system."""
 
     NONE = "none"
-    LZ4 = "lz4"
     LZ4HC = "lz4hc"
     ZSTD = "zstd"
 
 
 LEVELS: dict[ImageFormat, dict[Compression, range]] = {
-    ImageFormat.EROFS: {Compression.NONE: range(0), Compression.LZ4: range(0),
-                        Compression.LZ4HC: range(13), Compression.ZSTD: range(23)},
+    ImageFormat.EROFS: {Compression.NONE: range(0), Compression.LZ4HC: range(1, 13),
+                        Compression.ZSTD: range(1, 20)},
     ImageFormat.EXT4: {Compression.NONE: range(0)},
     ImageFormat.INITRD: {Compression.NONE: range(0), Compression.ZSTD: range(1, 20)},
 }

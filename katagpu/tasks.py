@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from katagpu import log
-from katagpu.errors import KatagpuError, Status, StepError
+from katagpu.errors import KatagpuError, Status, StepError, UserError
 from katagpu.run import die_cleanly_on_signals
 
 if TYPE_CHECKING:
@@ -223,6 +223,9 @@ def _call(words: list[str], failed: str) -> None:
     """Run a program of the environment, its output on ours."""
     import subprocess
 
-    argv = [str(Path(sys.executable).parent / words[0]), *words[1:]]
-    if subprocess.run(argv, cwd=ROOT, check=False).returncode != 0:
-        raise StepError(failed)
+    # The signal reaches it when this task's thread ends, however: nothing builds on alone.
+    argv = ["setpriv", "--pdeathsig", "TERM", "--", str(Path(sys.executable).parent / words[0]),
+            *words[1:]]
+    status = subprocess.run(argv, cwd=ROOT, check=False).returncode
+    if status != 0:
+        raise (UserError if status == Status.USER else StepError)(failed)

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from katagpu import artifacts, guest, keys, recipe, request
+from katagpu import artifacts, guest, keys, recipe, request, tasks
 from katagpu.lock import Deb, Lock
+from katagpu.plan import Plan
 from katagpu.recipe import (
     Agent,
     Capability,
@@ -27,6 +28,7 @@ from katagpu.recipe import (
     ToolkitSource,
 )
 from katagpu.stages.api import Stage
+from katagpu.store import Store
 
 Change = Callable[[Recipe], Recipe]
 
@@ -208,3 +210,14 @@ def test_artifacts_are_outputs_of_their_stages(
     packages = {artifact.output for artifact in wanted if artifact.name.startswith("linux-headers")}
     if task in ("build_headers", "build_image"):
         assert packages == {"headers_rpm" if headers is Headers.RPM else "headers"}
+
+
+@pytest.mark.parametrize("format_", list(ImageFormat))
+@pytest.mark.parametrize("task", list(tasks.STAGES))
+def test_a_task_makes_the_stages_of_its_artifacts(
+    default: Recipe, root: Path, format_: ImageFormat, task: str, tmp_path: Path,
+) -> None:
+    chosen = replace(default, image=replace(default.image, format=format_))
+    plan = Plan(guest.stages(chosen, locked(default, root), root), Store(tmp_path), tmp_path)
+    made = {stage for name in tasks.STAGES[task] for stage in plan.closure(name)}
+    assert {artifact.stage for artifact in artifacts.of(chosen, task)} <= made

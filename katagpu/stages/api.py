@@ -56,6 +56,10 @@ class Stage:
     downloads: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)
     network: bool = False
 
+    def file_digests(self) -> dict[str, str]:
+        """SHA-256 of each of `files`."""
+        return {name: keys.file_digest(path) for name, path in self.files.items()}
+
     def key(self, identities: Mapping[str, str]) -> dict[str, Any]:
         """The action key; `identities` are those of the inputs by name."""
         return {
@@ -64,7 +68,7 @@ class Stage:
             "architecture": "x86_64",
             "options": dict(self.options),
             "inputs": dict(identities),
-            "files": {name: keys.file_digest(path) for name, path in self.files.items()},
+            "files": self.file_digests(),
             "packages": {group: {deb.package: f"{deb.version} sha256:{deb.sha256}"
                                  for deb in debs} for group, debs in self.packages.items()},
             "downloads": {name: digest or url for name, (url, digest) in self.downloads.items()},
@@ -111,12 +115,12 @@ class Build:
         assert output.kind is Kind.TREE, name
 
         def unpack(target: Path) -> None:
-            found = sandbox.unpack(self.store.blob(output.blob), target, overlay=True)
+            found = sandbox.unpack(self.store.sound(output.blob), target, overlay=True)
             if found != output.identity:
                 self.store.drop(output.blob)
                 raise CorruptBlob(output.blob, f"the blob of another tree, {found}")
 
-        return self.unpacked(f"tree-{output.identity}", unpack)
+        return self.unpacked(f"tree{keys.MECHANISMS['tree']}-{output.identity}", unpack)
 
     def unpacked(self, name: str, unpack: Callable[[Path], None]) -> Path:
         """A disposable unpacked copy beside the store, made once by `unpack(target)`."""
@@ -137,14 +141,14 @@ class Build:
         debs = self.stage.packages[group]
         self._fetch([(deb.url, deb.sha256, deb.size, f"{deb.package} {deb.version}")
                      for deb in debs])
-        return [self.store.blob(deb.sha256) for deb in debs]
+        return [self.store.sound(deb.sha256) for deb in debs]
 
     def download(self, name: str) -> Path:
         """A downloaded file as a verified blob, fetched where it is missing."""
         url, digest = self.stage.downloads[name]
         assert digest is not None, "a download without a digest is fetched by its stage"
         self._fetch([(url, digest, None, name)])
-        return self.store.blob(digest)
+        return self.store.sound(digest)
 
     def _fetch(self, wanted: Sequence[tuple[str, str, int | None, str]]) -> None:
         """Fetch what the store lacks; stages side by side want the same packages."""

@@ -50,7 +50,7 @@ def manifest(recipe: Recipe, lock: Lock) -> Stage:
     """What is inside: versions, digests and sizes."""
     driver, kernel = recipe.driver, recipe.kernel
     packages = {deb.package: deb.version
-                for group in ("base", "driver_user") for deb in lock.group(group)}
+                for group in ("base", "toolkit", "driver_user") for deb in lock.group(group)}
     facts: dict[str, Any] = {
         "recipe": recipe.name, "architecture": str(recipe.arch),
         "distribution": f"{recipe.distribution.id} {recipe.distribution.suite}",

@@ -23,7 +23,7 @@ MODULE = "stages.image"
 TREE = PurePosixPath("/katagpu/tree")
 OUT = PurePosixPath("/katagpu/out")
 # docs/image.md has the measurements: higher levels cost much for little.
-LEVELS = {Compression.ZSTD: 3, Compression.LZ4HC: 9, Compression.LZ4: 0, Compression.NONE: 0}
+LEVELS = {Compression.ZSTD: 3, Compression.LZ4HC: 9, Compression.NONE: 0}
 
 
 def image(recipe: Recipe) -> Stage:

@@ -12,7 +12,7 @@ from typing import Any
 from katagpu import agent, assembly, guestfiles, log
 from katagpu.check import elf
 from katagpu.check.facts import Finding, Severity, raise_on
-from katagpu.errors import StepError
+from katagpu.errors import UserError
 from katagpu.sandbox import Bind, Root
 from katagpu.schema import Capability, DriverSource, Recipe, ToolkitSource
 from katagpu.stages.api import Build, Ref, Stage
@@ -153,7 +153,8 @@ def make_agent(build: Build) -> None:
     target = build.scratch / "kata-agent"
     found = agent.provide(source, target, scratch=build.directory("agent"), tool=tool)
     if found.interpreter is not None and "linux-x86-64" not in found.interpreter:
-        raise StepError(f"kata-agent wants the loader {found.interpreter}, which no guest has")
+        raise UserError(f"kata-agent wants the loader {found.interpreter}, which no guest has",
+                        hint="take the agent of a Kata release for x86_64")
     build.facts.update({"version": found.version, "origin": found.origin,
                         "needed": list(found.needed)})
     build.put_file("agent", target)

@@ -25,7 +25,7 @@ OUT = "/katagpu/out"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 RESOLVER = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
 # The host's Go configuration, which names its proxy (go help environment).
-HOST_GO = ("GOPROXY", "GOSUMDB", "GONOSUMDB", "GONOSUMCHECK", "GOPRIVATE", "GOINSECURE")
+HOST_GO = ("GOPROXY", "GOSUMDB", "GONOPROXY", "GONOSUMDB", "GOPRIVATE", "GOINSECURE")
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 # Without lazy binding the tools, which leave symbols of libnvidia-ml to the run time, do not start
 # where there is no driver (the toolkit's own Makefile).
