@@ -102,7 +102,7 @@ CASES = [
      "`release` and `sha256` belong together", ""),
     ("agent: null", "agent: {release: https://example.invalid/a, sha256: abc}",
      "agent.sha256: 'abc' is not valid", "64 hexadecimal digits"),
-    ("compression: zstd", "level: 99", "image.level: 99 is not a level of zstd", "0 to 22"),
+    ("compression: zstd", "level: 99", "image.level: 99 is not a level of zstd", "1 to 19"),
     ("dax_header: false", "{", "this is not YAML", ""),
     ("arch: x86_64", "on: x86_64", "'on' cannot be the name of a field", ""),
 ]
