@@ -305,6 +305,11 @@ class Store:
                 log.warn(f"a killed run's {lock.with_suffix('')} cannot be removed: {refusal}")
             finally:
                 os.close(handle)
+        for directory in ("actions", "checked"):  # .<name>.<pid>.<thread>.part
+            for part in (self.root / directory).glob(".*.part"):
+                if not Path("/proc", part.name.split(".")[-3]).exists():
+                    with contextlib.suppress(OSError):
+                        part.unlink(missing_ok=True)
 
     # care
 
@@ -330,7 +335,7 @@ class Store:
         """
         before = self.usage()
         self._sweep(remove)
-        for part in (self.root / "actions").glob(".*.part"):
+        for part in (self.root / "actions").glob(".*.part"):  # with the exclusive lease: nobody's
             part.unlink(missing_ok=True)
         for entry in (self.root / "unpacked").iterdir():
             remove(entry)

@@ -528,3 +528,14 @@ def test_a_sweep_between_making_and_holding_a_lock_file_does_not_take_it(
     with store.staging("mine", no_remove) as path:
         assert swept
         assert path.with_name(f"{path.name}.lock").exists()
+
+
+def test_a_part_of_a_killed_run_goes_and_one_of_a_live_run_stays(store: Store) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    dead = store.root / "actions" / f".x.json.{gone.pid}.2.part"
+    alive = store.root / "actions" / f".x.json.{os.getpid()}.2.part"
+    for part in (dead, alive):
+        part.write_text("half")
+    with store.staging("run", shutil.rmtree):
+        assert alive.exists() and not dead.exists()
