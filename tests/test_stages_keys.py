@@ -82,7 +82,7 @@ def root() -> Path:
      {"driver_modules", "rootfs", "manifest"}),
     (section("driver", version="550.200"), {"driver_modules", "rootfs", "manifest"}),
     (section("driver", capabilities=(Capability.COMPUTE,)), {"rootfs", "manifest"}),
-    (section("kernel", headers=Headers.RPM), {"kernel", "rpm_tools"}),
+    (section("kernel", headers=Headers.RPM), {"kernel", "rpm_tools", "manifest"}),
     (section("kernel", features=("drm",)), {"kernel_config", "rootfs"}),
     (section("toolkit", version="v1.18.0"), {"toolkit_source", "toolkit", "manifest"}),
     (section("image", compression=Compression.LZ4HC), {"image", "rootfs", "manifest"}),
@@ -209,7 +209,9 @@ def test_artifacts_are_outputs_of_their_stages(
     assert all(artifact.output in stages[artifact.stage].outputs for artifact in wanted)
     packages = {artifact.output for artifact in wanted if artifact.name.startswith("linux-headers")}
     if task in ("build_headers", "build_image"):
-        assert packages == {"headers_rpm" if headers is Headers.RPM else "headers"}
+        output = "headers_rpm" if headers is Headers.RPM else "headers"
+        assert packages == {output}
+        assert stages["manifest"].inputs["headers"].output == output
 
 
 @pytest.mark.parametrize("format_", list(ImageFormat))

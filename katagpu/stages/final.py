@@ -7,7 +7,7 @@ from typing import Any
 
 from katagpu import kataconfig
 from katagpu.lock import Lock
-from katagpu.schema import ImageFormat, Recipe
+from katagpu.schema import Headers, ImageFormat, Recipe
 from katagpu.stages.api import Build, Ref, Stage
 from katagpu.stages.rootfs import toolkit_mode
 from katagpu.store import Kind
@@ -65,7 +65,9 @@ def manifest(recipe: Recipe, lock: Lock) -> Stage:
                   "dax_header": recipe.image.dax_header},
         "packages": packages,
     }
-    inputs = {**PARTS, "release": Ref(stage="kernel", output="release"),
+    headers = "headers_rpm" if kernel.headers is Headers.RPM else "headers"
+    inputs = {**PARTS, "headers": Ref(stage="kernel", output=headers),
+              "release": Ref(stage="kernel", output="release"),
               "report": Ref(stage="rootfs", output="report")}
     if recipe.agent is not None:
         inputs["agent"] = Ref(stage="agent", output="agent")
