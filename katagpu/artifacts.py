@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 from katagpu import log
 from katagpu.plan import Plan
 from katagpu.schema import Headers, ImageFormat, Recipe
+from katagpu.stages import final
 from katagpu.store import Output, writing
 
 STATE = ".restored.json"
@@ -30,8 +31,9 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Restored(msgspec.Struct, frozen=True, kw_only=True):
-    """A restored file as it was left: content, bytes, inode and time (ns)."""
+    """A restored file as it was left: the artifact's name, content, bytes, inode and time (ns)."""
 
+    artifact: str = ""
     identity: str
     size: int
     inode: int
@@ -44,7 +46,7 @@ def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
     base = f"kata-{recipe.name}-nvidia-gpu-{driver}"
     kernel = (
         Artifact(stage="kernel", output="vmlinuz", name="vmlinuz-{release}",
-                 link="vmlinuz-nvidia-gpu.container"),
+                 link=final.KERNEL),
         Artifact(stage="kernel", output="vmlinux", name="vmlinux-{release}",
                  link="vmlinux-nvidia-gpu.container"),
         Artifact(stage="kernel", output="system_map", name="System.map-{release}"),
@@ -55,18 +57,18 @@ def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
                         name=f"linux-headers-{{release}}.{recipe.kernel.headers}"),)
     report = (Artifact(stage="rootfs", output="report", name="checks.txt"),)
     initrd = (Artifact(stage="initrd", output="image", name=f"{base}.initrd",
-                       link="kata-containers-nvidia-gpu-initrd.img"),)
+                       link=final.INITRD),)
     image = (Artifact(stage="image", output="image", name=f"{base}.image",
-                      link="kata-containers-nvidia-gpu.img"),)
+                      link=final.IMAGE),)
     if recipe.image.format is ImageFormat.INITRD:
         image = (msgspec.structs.replace(initrd[0], stage="image"),)
-    final = (Artifact(stage="image", output="sizes", name="sizes.json"),
+    about = (Artifact(stage="image", output="sizes", name="sizes.json"),
              Artifact(stage="kata_config", output="config", name="50-katagpu.toml"),
              Artifact(stage="manifest", output="manifest", name="manifest.json"))
     return {
         "build_kernel": kernel, "build_headers": headers, "build_rootfs": report,
         "install_driver": (), "install_toolkit": (), "build_initrd": (*kernel, *initrd),
-        "build_image": (*kernel, *headers, *report, *image, *final),
+        "build_image": (*kernel, *headers, *report, *image, *about),
     }[task]
 
 
@@ -157,11 +159,22 @@ class Outcome:
                     part.symlink_to(name)
                     part.replace(self.directory / artifact.link)
                 found = (self.directory / name).stat()
-                state[name] = Restored(identity=output.identity, size=found.st_size,
-                                       inode=found.st_ino, mtime=found.st_mtime_ns)
+                state[name] = Restored(
+                    artifact=artifact.name, identity=output.identity, size=found.st_size,
+                    inode=found.st_ino, mtime=found.st_mtime_ns)
+            self._drop_superseded(state, wanted)
             part = self.directory / f"{STATE}.{os.getpid()}.part"
             part.write_bytes(msgspec.json.encode(state))
             part.replace(self.directory / STATE)
+
+    def _drop_superseded(self, state: dict[str, Restored],
+                         wanted: Mapping[str, tuple[Artifact, Output]]) -> None:
+        """Take away what an earlier run restored under another release's name."""
+        kinds = {artifact.name for artifact, _output in wanted.values()}
+        for name in sorted(set(state) - set(wanted)):
+            if state[name].artifact in kinds:
+                (self.directory / name).unlink(missing_ok=True)
+                del state[name]
 
     def announce(self, artifacts: Sequence[Artifact]) -> None:
         """Say where each artifact is, and its size."""

@@ -36,23 +36,10 @@ class Compressor(StrEnum):
     ZSTD = "zstd"
 
 
-class Packer(StrEnum):
-    """What an initrd is compressed with; the guest kernel needs the matching RD_*."""
-
-    GZIP = "gzip"
-    ZSTD = "zstd"
-
-
 # Highest level of each, as the tool says; zstd's above 19 need a window that unzstd in the kernel
 # does not have to accept.
 LEVELS = {Compressor.NONE: 0, Compressor.LZ4HC: 12, Compressor.ZSTD: 19}
-PACKER_LEVELS = {Packer.GZIP: 9, Packer.ZSTD: 19}
-KERNEL_SYMBOLS = {
-    Compressor.NONE: "EROFS_FS", Compressor.LZ4HC: "EROFS_FS_ZIP",
-    Compressor.ZSTD: "EROFS_FS_ZIP_ZSTD",
-}
-SUFFIXES = {Packer.GZIP: ".gz", Packer.ZSTD: ".zst"}
-PACKER_SYMBOLS = {Packer.GZIP: "RD_GZIP", Packer.ZSTD: "RD_ZSTD"}
+PACKED = ".zst"  # what packing adds to an initrd's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,18 +117,16 @@ def ext4(tree: PurePosixPath, target: PurePosixPath, *, identity: str, time: int
             "-d", str(tree), str(target), str(size.size // BLOCK)]
 
 
-def pack(packer: Packer, archive: PurePosixPath, *, level: int) -> list[str]:
-    """Replace an initrd by its compressed form, at `packed(…)`."""
-    _check_level(packer, level, PACKER_LEVELS[packer])
-    if packer is Packer.ZSTD:
-        # Any number of threads gives the same bytes, which `--single-thread` does not.
-        return ["zstd", "--quiet", "--force", "--rm", "--threads=0", f"-{level}", str(archive)]
-    return ["gzip", "--no-name", "--force", f"-{level}", str(archive)]
+def pack(archive: PurePosixPath, *, level: int) -> list[str]:
+    """Replace an initrd by its form compressed with zstd, at `packed(…)`."""
+    _check_level(Compressor.ZSTD, level, LEVELS[Compressor.ZSTD])
+    # Any number of threads gives the same bytes, which `--single-thread` does not.
+    return ["zstd", "--quiet", "--force", "--rm", "--threads=0", f"-{level}", str(archive)]
 
 
-def packed(packer: Packer, archive: PurePosixPath) -> PurePosixPath:
+def packed(archive: PurePosixPath) -> PurePosixPath:
     """Where `pack` leaves its result."""
-    return archive.with_name(archive.name + SUFFIXES[packer])
+    return archive.with_name(archive.name + PACKED)
 
 
 def measure(tree: Path) -> TreeSize:

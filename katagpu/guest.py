@@ -7,7 +7,7 @@ from pathlib import Path
 from katagpu import keys
 from katagpu.lock import Lock
 from katagpu.schema import DriverSource, Headers, Recipe, ToolkitSource
-from katagpu.stages import driver, final, image, kernel, rootfs, roots, source, toolkit
+from katagpu.stages import config, driver, final, image, kernel, rootfs, roots, source, toolkit
 from katagpu.stages.api import Ref, Stage
 
 
@@ -15,7 +15,7 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
     """All stages of a guest by name; `root` is the repository."""
     found = [roots.stage0(lock),
              roots.root(lock, "toolchain", "build root of the guest's suite"),
-             source.source(recipe, lock, root), kernel.config(recipe, root),
+             source.source(recipe, lock, root), config.config(recipe, root),
              kernel.kernel(recipe, lock, root),
              roots.root(lock, "imagetools", "root with the image tools and Go"),
              roots.root(lock, "base", "guest base", slim=True)]

@@ -33,6 +33,7 @@ _GUARD = '[ "$PPID" = "$0" ] || exit 137; unset PWD OLDPWD; exec "$@"'
 
 _live: set[int] = set()
 _live_lock = threading.Lock()
+_ending = threading.Event()
 _requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 _spawner: threading.Thread | None = None
 _spawner_pid = 0
@@ -95,6 +96,7 @@ def die_cleanly_on_signals() -> None:
     """
 
     def handler(number: int, _frame: FrameType | None) -> None:
+        _ending.set()
         kill_all()
         with contextlib.suppress(OSError):
             os.write(2, f"\ninterrupted by {signal.Signals(number).name}; "
@@ -185,6 +187,8 @@ def run(
         finally:
             with _live_lock:
                 _live.discard(process.pid)
+    if _ending.is_set():  # we killed it ourselves: its thread has nothing to report
+        threading.Event().wait()
     if check and process.returncode != 0:
         said = tail(log) if log is not None else (stderr or b"").decode(errors="replace").strip()
         raise failure(words, process.returncode, said, log, again)

@@ -23,7 +23,7 @@ NAME = "vmlinuz-6.1-toy"
 
 def toy_kernel(build: Build) -> None:
     """A kernel with a release."""
-    build.facts["release"] = "6.1-toy"
+    build.facts["release"] = build.options.get("release", "6.1-toy")
     build.put_bytes("vmlinuz", b"kernel " * 1000)
 
 
@@ -52,6 +52,19 @@ def test_restored_under_kata_s_names(outcome: Outcome) -> None:
     assert shown == {NAME, "vmlinuz.link", "guest.image"}
     assert (outcome.directory / "guest.image").stat().st_mode & 0o777 == 0o644
     assert set(outcome.files(WANTED)) == {outcome.directory / name for name in shown}
+
+
+def test_a_new_kernel_takes_the_old_ones_place(outcome: Outcome) -> None:
+    outcome.restore(WANTED)
+    (outcome.directory / "vmlinuz-mine").write_text("not ours")
+    newer = Stage(name="kernel", title="", module="errors", make=toy_kernel,
+                  outputs={"vmlinuz": Kind.FILE}, options={"release": "6.2-toy"})
+    plan = Plan({**outcome.plan.stages, "kernel": newer}, outcome.plan.store, outcome.plan.logs)
+    plan.ensure("kernel")
+    Outcome(outcome.directory, plan).restore(WANTED)
+    shown = {path.name for path in outcome.directory.iterdir() if path.name[0] != "."}
+    assert shown == {"vmlinuz-6.2-toy", "vmlinuz.link", "guest.image", "vmlinuz-mine"}
+    assert (outcome.directory / "vmlinuz.link").readlink() == Path("vmlinuz-6.2-toy")
 
 
 def alter(path: Path) -> None:

@@ -15,7 +15,7 @@ from katagpu.run import run
 from katagpu.sandbox import Bind, Root
 from katagpu.schema import Capability, KernelModule, Recipe
 from katagpu.stages.api import Build, Ref, Stage, jobs
-from katagpu.stages.kernel import ARCH, environment, patch, patch_files
+from katagpu.stages.kbuild import ARCH, environment, patch, patch_files
 from katagpu.store import Kind, writing
 
 MODULE = "stages.driver"

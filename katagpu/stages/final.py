@@ -9,7 +9,7 @@ from katagpu import kataconfig
 from katagpu.lock import Lock
 from katagpu.schema import Headers, ImageFormat, Recipe
 from katagpu.stages.api import Build, Ref, Stage
-from katagpu.stages.rootfs import toolkit_mode
+from katagpu.stages.layers import toolkit_mode
 from katagpu.store import Kind
 
 MODULE = "stages.final"

@@ -14,8 +14,8 @@ from katagpu import disk, filesystem, log, newc, packing
 from katagpu.keys import digest
 from katagpu.sandbox import Bind, Root
 from katagpu.schema import Compression, Image, ImageFormat, Recipe
-from katagpu.stages import rootfs
 from katagpu.stages.api import Build, Ref, Stage
+from katagpu.stages.layers import chain, stack
 from katagpu.store import Kind, writing
 from katagpu.tree import EPOCH
 
@@ -40,7 +40,7 @@ def initrd(recipe: Recipe) -> Stage:
 
 
 def _stage(recipe: Recipe, name: str, title: str, chosen: Image) -> Stage:
-    layers = {**rootfs.chain(recipe), "rootfs": Ref(stage="rootfs", output="layer")}
+    layers = {**chain(recipe), "rootfs": Ref(stage="rootfs", output="layer")}
     level = chosen.level if chosen.level is not None else LEVELS[chosen.compression]
     return Stage(name=name, title=title, module=MODULE, make=make_image,
                  outputs={"image": Kind.FILE, "sizes": Kind.FILE},
@@ -52,7 +52,7 @@ def _stage(recipe: Recipe, name: str, title: str, chosen: Image) -> Stage:
 
 def make_image(build: Build) -> None:
     """Pack the merged layers; the identity of what is packed names UUID and disk signature."""
-    guest = Root(lower=rootfs.stack(build), special=False)
+    guest = Root(lower=stack(build), special=False)
     identity = digest([build.inputs[name].identity for name in build.options["layers"]])
     out = build.directory("packed")
     packers = {ImageFormat.EROFS: _erofs, ImageFormat.EXT4: _ext4, ImageFormat.INITRD: _initrd}
@@ -112,9 +112,8 @@ def _initrd(build: Build, guest: Root, identity: str, out: Path) -> Path:
         log.warn(f"initrd: /{name} loses its capabilities, which newc cannot hold")
     if build.options["compression"] == "none":
         return archive
-    packer = filesystem.Packer.ZSTD
     place = OUT / "initrd"
-    build.enter(filesystem.pack(packer, place, level=build.options["level"]),
+    build.enter(filesystem.pack(place, level=build.options["level"]),
                 [Root(lower=(build.tree("tools"),), upper=build.directory("tools"))],
                 binds=[Bind(source=out, target=str(OUT), writable=True)])
-    return out / filesystem.packed(packer, place).name
+    return out / filesystem.packed(place).name

@@ -1,6 +1,6 @@
 """The guest's root file system: all layers merged, the guest's own files, indexes, and the checks.
 
-The stage's output is the topmost layer of the chain; `chain` names the layers below it. Nothing is
+The stage's output is the topmost layer of the chain (`stages.layers`). Nothing is
 called built before the consistency checks have passed.
 """
 
@@ -14,30 +14,13 @@ from katagpu.check import elf
 from katagpu.check.facts import Finding, Severity, raise_on
 from katagpu.errors import UserError
 from katagpu.sandbox import Bind, Root
-from katagpu.schema import Capability, DriverSource, Recipe, ToolkitSource
+from katagpu.schema import Capability, DriverSource, Recipe
 from katagpu.stages.api import Build, Ref, Stage
+from katagpu.stages.layers import chain, stack, toolkit_mode
 from katagpu.store import Kind
 
 MODULE = "stages.rootfs"
 AGENT = "usr/bin/kata-agent"
-
-
-def chain(recipe: Recipe) -> dict[str, Ref]:
-    """The layers of the guest, lowest first."""
-    layers = {"base": Ref(stage="base", output="root")}
-    if recipe.toolkit.source is not ToolkitSource.NONE:
-        layers["toolkit"] = Ref(stage="toolkit", output="layer")
-    if recipe.driver.source is not DriverSource.NONE:
-        layers["driver_user"] = Ref(stage="driver_user", output="layer")
-    layers["kernel_modules"] = Ref(stage="kernel", output="modules")
-    if recipe.driver.source is not DriverSource.NONE:
-        layers["driver_modules"] = Ref(stage="driver_modules", output="modules")
-    return layers
-
-
-def toolkit_mode(recipe: Recipe) -> str:
-    """`cdi`, `hook` or `none`."""
-    return "none" if recipe.toolkit.source is ToolkitSource.NONE else str(recipe.toolkit.mode)
 
 
 def rootfs(recipe: Recipe, root: Path) -> Stage:
@@ -69,11 +52,6 @@ def compressor(recipe: Recipe) -> str | None:
     """The compressor of the packed image, as the kernel's config names it; None for none."""
     name = str(recipe.image.compression)
     return None if name == "none" else name
-
-
-def stack(build: Build) -> tuple[Path, ...]:
-    """The layers below as an overlay's lower directories, topmost first."""
-    return tuple(build.tree(name) for name in reversed(build.options["layers"]))
 
 
 def make_rootfs(build: Build) -> None:

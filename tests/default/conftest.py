@@ -10,7 +10,7 @@ import pytest
 from katagpu import sandbox
 from katagpu.context import Context
 from katagpu.sandbox import Root
-from katagpu.stages import rootfs
+from katagpu.stages import layers
 from katagpu.stages.api import Build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ def guest(context: Context) -> Iterator[tuple[Build, Root]]:
         inputs[role] = action.outputs[ref.output]
     with context.store.staging("tests", sandbox.remove) as scratch:
         build = Build(stage, context.store, inputs, scratch, scratch / "log")
-        yield build, Root(lower=rootfs.stack(build), upper=build.directory("guest"))
+        yield build, Root(lower=layers.stack(build), upper=build.directory("guest"))
 
 
 @pytest.fixture
