@@ -48,6 +48,8 @@ CAPABILITIES = (9, 16, 17, 20, 22, 25, 26, 27, 30, 32, 33, 34, 35, 38, 39)
 # sees loaded.
 HIDDEN_DIRECTORIES = ("sys/bus/pci", "sys/module", "sys/class/drm", "sys/firmware")
 HIDDEN_FILES = ("proc/modules",)
+# NVIDIA's installer wants the program named here to be in the guest; the host's may lie elsewhere.
+ANSWERS = {"proc/sys/kernel/modprobe": "/sbin/modprobe\n"}
 # Here root writes to the host's kernel without any capability.
 READ_ONLY = ("proc/sys", "proc/sysrq-trigger", "proc/irq", "proc/bus")
 REFUSED, NO_SPACE = 125, 124  # exit statuses for what the kernel refused
@@ -139,21 +141,18 @@ def special(root: Path) -> None:
     mount("proc", root / "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     with contextlib.suppress(MountError):  # refused in a user namespace that shares the network
         mount("sysfs", root / "sys", "sysfs", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    for name in HIDDEN_DIRECTORIES:
-        if (root / name).is_dir():
-            mount("tmpfs", root / name, "tmpfs", MS_RDONLY, "size=4k,mode=555")
-    dev = root / "dev"
+    devices(root / "dev")
+    hide_host(root)
+    mount("tmpfs", root / "tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+    mount("tmpfs", root / "run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
+
+
+def devices(dev: Path) -> None:
+    """A minimal /dev."""
     mount("tmpfs", dev, "tmpfs", MS_NOSUID, "size=1m,mode=755")
     for name in DEVICES:
         (dev / name).touch()
         mount(f"/dev/{name}", dev / name, "", MS_BIND)
-    for name in HIDDEN_FILES:
-        if (root / name).exists():
-            mount("/dev/null", root / name, "", MS_BIND)
-    for name in READ_ONLY:
-        if (root / name).exists():
-            mount(str(root / name), root / name, "", MS_BIND)
-            read_only(root / name)
     (dev / "pts").mkdir()
     mount("devpts", dev / "pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666")
     (dev / "shm").mkdir()
@@ -161,8 +160,26 @@ def special(root: Path) -> None:
     for link, to in (("ptmx", "pts/ptmx"), ("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"),
                      ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")):
         (dev / link).symlink_to(to)
-    mount("tmpfs", root / "tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
-    mount("tmpfs", root / "run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
+
+
+def hide_host(root: Path) -> None:
+    """Cover what proc and sys would tell of the host's kernel, and let nothing be written there."""
+    for name in HIDDEN_DIRECTORIES:
+        if (root / name).is_dir():
+            mount("tmpfs", root / name, "tmpfs", MS_RDONLY, "size=4k,mode=555")
+    for name in HIDDEN_FILES:
+        if (root / name).exists():
+            mount("/dev/null", root / name, "", MS_BIND)
+    for name in READ_ONLY:
+        if (root / name).exists():
+            mount(str(root / name), root / name, "", MS_BIND)
+            read_only(root / name)
+    for number, (name, answer) in enumerate(ANSWERS.items()):
+        if (root / name).exists():
+            ours = root / "dev" / f"answer{number}"
+            ours.write_text(answer)
+            mount(str(ours), root / name, "", MS_BIND)
+            ours.unlink()
 
 
 def build_root(spec: dict[str, Any]) -> None:

@@ -42,6 +42,10 @@ class StepError(KatagpuError):
     status = Status.STEP
 
 
+class TookTooLong(StepError):
+    """A program did not end in the time that it had; it and its group were killed."""
+
+
 class CorruptBlob(StepError):
     """A stored blob's bytes do not have the digest under which they were stored."""
 

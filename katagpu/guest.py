@@ -6,8 +6,20 @@ from pathlib import Path
 
 from katagpu import keys
 from katagpu.lock import Lock
-from katagpu.schema import DriverSource, Headers, Recipe, ToolkitSource
-from katagpu.stages import config, driver, final, image, kernel, rootfs, roots, source, toolkit
+from katagpu.schema import DriverSource, Headers, ModulesBy, Recipe, ToolkitSource
+from katagpu.stages import (
+    config,
+    driver,
+    final,
+    image,
+    installer,
+    kernel,
+    rootfs,
+    roots,
+    runfile,
+    source,
+    toolkit,
+)
 from katagpu.stages.api import Ref, Stage
 
 
@@ -33,9 +45,7 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
     if recipe.rootfs.extra_packages:
         found.append(roots.layer(lock, "build_layer", "EXTRA_PKGS on the build root",
                                  [Ref(stage="toolchain", output="root")]))
-    if recipe.driver.source is not DriverSource.NONE:
-        found += [driver.modules(recipe, lock, root),
-                  roots.layer(lock, "driver_user", "NVIDIA user space", chain, slim=True)]
+    found += _driver(recipe, lock, root, chain)
     if recipe.agent is not None:
         found.append(rootfs.agent_stage(recipe, root))
     found += [rootfs.rootfs(recipe, root), image.image(recipe), image.initrd(recipe),
@@ -43,3 +53,17 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
     for stage in found:
         keys.code(stage.module)  # now: a key names the code that is loaded, not a later edit
     return {stage.name: stage for stage in found}
+
+
+def _driver(recipe: Recipe, lock: Lock, root: Path, chain: list[Ref]) -> list[Stage]:
+    """The driver's stages; `chain` are the guest's layers below it, lowest first."""
+    if recipe.driver.source is DriverSource.DEBIAN:
+        return [driver.modules(recipe, lock, root),
+                roots.layer(lock, "driver_user", "NVIDIA user space", chain, slim=True)]
+    if recipe.driver.source is not DriverSource.RUNFILE:
+        return []
+    package = runfile.package(recipe, root)
+    user = installer.user(recipe, root, {f"below{index}": ref for index, ref in enumerate(chain)})
+    if recipe.driver.modules_by is ModulesBy.KATAGPU:
+        return [package, runfile.modules(recipe, root), user]
+    return [package, roots.layer(lock, "driver_build", "EXTRA_PKGS on the guest", chain), user]

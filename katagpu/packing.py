@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from katagpu.tree import Capture
+
+# The driver's libraries, wherever a distribution or NVIDIA's installer puts them.
+NVIDIA = re.compile(r"lib(?:nvidia-(?!container)|cuda|nvcuvid|nvoptix|\w+_nvidia)[\w-]*\.so")
 
 
 def write_tar(root: Path, target: str) -> str:
@@ -33,7 +37,7 @@ def _part(path: str) -> str:
         return "NVIDIA kernel modules" if "/drivers/video/" in path else "kernel modules"
     if path.startswith("usr/lib/firmware/"):
         return "GSP firmware"
-    if name.startswith("lib") and "/nvidia/" in path:
+    if NVIDIA.match(name):
         return f"NVIDIA user space: {name.split('.so')[0]}"
     if name in ("nvidia-smi", "nvidia-persistenced"):
         return f"NVIDIA user space: {name}"

@@ -32,6 +32,7 @@ from katagpu.schema import (
     Kernel,
     KernelModule,
     KernelSource,
+    ModulesBy,
     Recipe,
     Rootfs,
     Toolkit,
@@ -42,8 +43,8 @@ from katagpu.schema import (
 __all__ = [
     "Agent", "Arch", "Capability", "Compression", "Distribution", "DistributionId", "Driver",
     "DriverSource", "Headers", "Image", "ImageFormat", "Kernel", "KernelModule", "KernelSource",
-    "Recipe", "Rootfs", "Toolkit", "ToolkitMode", "ToolkitSource", "features", "known", "load",
-    "problems",
+    "ModulesBy", "Recipe", "Rootfs", "Toolkit", "ToolkitMode", "ToolkitSource", "features",
+    "known", "load", "problems",
 ]
 
 Problem = tuple[tuple[str | int, ...], str, str | None]
@@ -174,12 +175,35 @@ def _driver(recipe: Recipe) -> Iterator[Problem]:
     if driver.version is None:
         yield (("driver",), f"`source: {driver.source}` needs `version`",
                'for example `version: "550.163.01"`')
+    yield from _runfile(recipe)
     for number, capability in enumerate(driver.capabilities):
+        field = ("driver", "capabilities", number)
         drm = capability in {Capability.GRAPHICS, Capability.DISPLAY}
         if drm and "drm" not in recipe.kernel.features:
-            yield (("driver", "capabilities", number),
-                   f"{capability.value!r} needs DRM, which the kernel leaves out",
+            yield (field, f"{capability.value!r} needs DRM, which the kernel leaves out",
                    "add it: `kernel: {features: [drm]}`")
+        if capability is Capability.COMPAT32 and "ia32" not in recipe.kernel.features:
+            yield (field, "'compat32' needs 32-bit programs, which the kernel leaves out",
+                   "add them: `kernel: {features: [ia32]}`")
+        ours = capability in {Capability.NGX, Capability.COMPAT32}
+        if ours and driver.source is not DriverSource.RUNFILE:
+            yield (field, f"{capability.value!r} is not in the distribution's packages here",
+                   "use `driver: {source: runfile}`, or leave it out")
+
+
+def _runfile(recipe: Recipe) -> Iterator[Problem]:
+    driver, defaults = recipe.driver, Driver(source=DriverSource.RUNFILE)
+    if driver.source is not DriverSource.RUNFILE:
+        for name in ("url", "file", "sha256", "modules_by", "documentation"):
+            if getattr(driver, name) != getattr(defaults, name):
+                yield ("driver", name), "belongs to `source: runfile`", "remove it"
+        return
+    if driver.url is not None and driver.file is not None:
+        yield ("driver", "file"), "`url` is given too", "keep one of them"
+    builder = driver.modules_by is ModulesBy.INSTALLER
+    if builder and not {"gcc", "make"} <= set(recipe.rootfs.extra_packages):
+        yield (("driver", "modules_by"), "nvidia-installer finds no compiler in this guest",
+               "add gcc and make: `rootfs: {extra_packages: [gcc, make]}`, or EXTRA_PKGS")
 
 
 def _toolkit(recipe: Recipe, root: Path) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ from katagpu.schema import (
     Headers,
     KernelModule,
     KernelSource,
+    ModulesBy,
     Recipe,
     ToolkitSource,
 )
@@ -52,11 +53,24 @@ DRIVER_ALWAYS = ("firmware-nvidia-gsp", "nvidia-persistenced")
 DRIVER_SOURCE = {KernelModule.OPEN: "nvidia-open-kernel-source",
                  KernelModule.CLOSED: "nvidia-kernel-source"}
 
+# What nvidia-installer needs beside the compiler and make of EXTRA_PKGS: the C library's headers,
+# libelf for the kernel's objtool, and ccache.
+COMPILING = ("ccache", "libc6-dev", "libelf-dev")
+# What the libraries of a `.run` file are linked to and only Debian's packages depend on.
+NEEDS: dict[Capability, tuple[str, ...]] = {
+    Capability.GRAPHICS: ("libx11-6", "libxext6", "libdrm2", "libgbm1", "libwayland-client0"),
+    Capability.DISPLAY: ("libx11-6", "libxext6"),
+}
+
 
 def groups(recipe: Recipe, root: Path) -> dict[str, Group]:
     """The groups of packages of a recipe; `root` is the repository."""
     extra = recipe.rootfs.extra_packages
-    shipped = (*recipe.rootfs.packages, *(extra if recipe.rootfs.keep_extra_pkgs else ()))
+    runfile = recipe.driver.source is DriverSource.RUNFILE
+    needs = [package for capability in recipe.driver.capabilities if runfile
+             for package in NEEDS.get(capability, ())]
+    shipped = (*recipe.rootfs.packages, *dict.fromkeys(needs),
+               *(extra if recipe.rootfs.keep_extra_pkgs else ()))
     found = {
         "stage0": Group(packages=STAGE0),
         "toolchain": Group(packages=TOOLCHAIN),
@@ -86,6 +100,9 @@ def groups(recipe: Recipe, root: Path) -> dict[str, Group]:
                                      on="toolkit" if "toolkit" in found else "base")
         source = DRIVER_SOURCE[driver.kernel_module]
         found["driver_source"] = Group(packages=(source + version,), alone=True)
+    if driver.source is DriverSource.RUNFILE and driver.modules_by is ModulesBy.INSTALLER:
+        found["driver_build"] = Group(packages=(*dict.fromkeys((*extra, *COMPILING)),),
+                                      on="toolkit" if "toolkit" in found else "base")
     return found
 
 

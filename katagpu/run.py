@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from katagpu.errors import StepError, UserError
+from katagpu.errors import StepError, TookTooLong, UserError
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CLEAN: Mapping[str, str] = {"PATH": PATH, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "HOME": "/"}
@@ -155,7 +155,7 @@ def run(
     `env` is added to the clean environment. Output is appended to `log` (else dropped), except
     stdout when `capture`. `again` is the command to show for a rerun where it is not `argv`.
     `timeout` is in seconds. Raises `UserError` when the program is not there, `StepError` when it
-    fails (unless `check` is off) or takes too long.
+    fails (unless `check` is off), `TookTooLong` when it does not end.
     """
     words = [str(word) for word in argv]
     environment = {**CLEAN, **(env or {})}
@@ -179,8 +179,8 @@ def run(
             stdout, stderr = process.communicate(stdin, timeout=timeout)
         except subprocess.TimeoutExpired:
             _end(process)
-            raise StepError(f"{words[0]} did not end within {timeout:.0f} s",
-                            hint=f"it was: {shlex.join(words)}") from None
+            raise TookTooLong(f"{words[0]} did not end within {timeout:.0f} s",
+                              hint=f"it was: {shlex.join(words)}") from None
         except BaseException:
             _end(process)
             raise

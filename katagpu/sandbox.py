@@ -64,7 +64,8 @@ class Bind:
 class Entry:
     """One program in one sandbox. `scratch` is a directory for mount point, work and spec.
 
-    With `stay` the program keeps the host's root and sees the assembled one at `mount`.
+    With `stay` the program keeps the host's root and sees the assembled one at `mount`. It has
+    `timeout` seconds.
     """
 
     argv: Sequence[str]
@@ -75,6 +76,7 @@ class Entry:
     cwd: str = "/"
     network: bool = False
     stay: bool = False
+    timeout: float | None = None
 
     @property
     def mount(self) -> Path:
@@ -187,7 +189,7 @@ def enter(entry: Entry, *, log: Path | None = None, capture: bool = False, check
             *namespaces(network=entry.network), sys.executable, "-I", ENTER, "run",
             _spec(entry, theirs.fileno())]
         result = run(command, log=log, capture=capture, check=False, stdin=stdin,
-                     pass_fds=[theirs.fileno()])
+                     timeout=entry.timeout, pass_fds=[theirs.fileno()])
         theirs.close()
         ours.setblocking(False)
         told = b""

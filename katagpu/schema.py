@@ -62,7 +62,15 @@ class DriverSource(StrEnum):
     """Where the NVIDIA driver comes from."""
 
     DEBIAN = "debian"
+    RUNFILE = "runfile"
     NONE = "none"
+
+
+class ModulesBy(StrEnum):
+    """Who compiles the kernel modules of a `.run` file."""
+
+    KATAGPU = "katagpu"
+    INSTALLER = "installer"
 
 
 class KernelModule(StrEnum):
@@ -80,6 +88,8 @@ class Capability(StrEnum):
     VIDEO = "video"
     GRAPHICS = "graphics"
     DISPLAY = "display"
+    NGX = "ngx"
+    COMPAT32 = "compat32"
 
 
 class ToolkitSource(StrEnum):
@@ -173,16 +183,33 @@ class Driver(Section, frozen=True, kw_only=True):
     """The NVIDIA driver."""
 
     source: Annotated[DriverSource, Meta(description=(
-        "`debian`: the suite's packages; `none`: a guest without a driver"))]
+        "`debian`: the suite's packages; `runfile`: NVIDIA's own `.run` file, installed by its own "
+        "nvidia-installer; `none`: a guest without a driver"))]
     version: Annotated[DriverVersion | None, Meta(description=(
         "NVIDIA's version, for example `\"550.163.01\"`; `./doitw driver=VERSION` overrides it"))
     ] = None
+    url: Annotated[Url | None, Meta(description=(
+        "address of the `.run` file; `{version}` in it stands for the version (source: runfile); "
+        "null, and no `file`: NVIDIA's public downloads by version"))] = None
+    file: Annotated[str | None, Meta(description=(
+        "path of the `.run` file from the repository's root, with `{version}` as in `url` "
+        "(source: runfile)"))] = None
+    sha256: Annotated[Sha256 | None, Meta(description=(
+        "SHA-256 of the `.run` file; null: its own checksums alone are verified, and the digest "
+        "is said"))] = None
+    modules_by: Annotated[ModulesBy, Meta(description=(
+        "`katagpu` compiles the kernel modules, cached apart, and nvidia-installer installs the "
+        "rest; `installer`: nvidia-installer compiles them, with the compiler that "
+        "`rootfs.extra_packages` brings (source: runfile)"))] = ModulesBy.KATAGPU
+    documentation: Annotated[bool, Meta(description=(
+        "ship the driver's documentation too; its licence always is (source: runfile)"))] = False
     kernel_module: Annotated[KernelModule, Meta(description=(
         "`open` needs a GPU of Turing or later; `closed` is the proprietary module"))
     ] = KernelModule.OPEN
     capabilities: Annotated[tuple[Capability, ...], Meta(description=(
         "whose libraries go into the image; `graphics` and `display` need the kernel feature "
-        "`drm`"))] = (Capability.COMPUTE, Capability.UTILITY)
+        "`drm`, `compat32` needs `ia32`; `ngx` and `compat32` need `source: runfile`"))
+    ] = (Capability.COMPUTE, Capability.UTILITY)
 
 
 class Toolkit(Section, frozen=True, kw_only=True):

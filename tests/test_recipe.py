@@ -67,6 +67,8 @@ def test_unknown_recipe(root: Path) -> None:
         load("../recipes/debian-trixie", root)
 
 
+RUNFILE = 'driver:\n  source: debian\n  version: "550.163.01"'
+
 CASES = [
     # old, new, what the error says
     ("arch: x86_64", "archs: x86_64", "archs: there is no such field", "did you mean 'arch'?"),
@@ -94,7 +96,12 @@ CASES = [
     ("[compute, utility]", "[compute, graphics]",
      "driver.capabilities[1]: 'graphics' needs DRM", "features: [drm]"),
     ("[compute, utility]", "[compute, cuda]", "driver.capabilities[1]: 'cuda' is not valid",
-     "known: compute"),
+     "compute, display"),
+    ("[compute, utility]", "[compute, ngx]", "driver.capabilities[1]: 'ngx' is not in the "
+     "distribution's packages", "source: runfile"),
+    ("kernel_module: open", "modules_by: installer", "driver.modules_by: belongs to "
+     "`source: runfile`", "remove"),
+    ("kernel_module: open", "file: a.run", "driver.file: belongs to `source: runfile`", "remove"),
     ("agent: null", "agent: {}", "agent: give one of file, release and image", ""),
     ("agent: null", "agent: {file: a, image: b}", "agent: give one of file, release and image, "
      "not file and image", ""),
@@ -106,6 +113,20 @@ CASES = [
     ("dax_header: false", "{", "this is not YAML", ""),
     ("arch: x86_64", "on: x86_64", "'on' cannot be the name of a field", ""),
 ]
+
+
+@pytest.mark.parametrize(("more", "line", "what", "cure"), [
+    ("url: https://x.example/a\n  file: a.run", 24, "driver.file: `url` is given too", "keep one"),
+    ("modules_by: installer", 23, "driver.modules_by: nvidia-installer finds no compiler",
+     "extra_packages: [gcc, make]"),
+    ("capabilities: [compat32]", 23, "driver.capabilities[0]: 'compat32' needs 32-bit programs",
+     "features: [ia32]"),
+])
+def test_bad_fields_of_a_runfile(root: Path, more: str, line: int, what: str, cure: str) -> None:
+    change(root, "  capabilities: [compute, utility]\n", "")
+    change(root, RUNFILE, RUNFILE.replace("debian", f"runfile\n  {more}"))
+    said = refused(root)
+    assert f"debian-trixie.yaml:{line}: {what}" in said and cure in said
 
 
 @pytest.mark.parametrize(("old", "new", "what", "cure"), CASES, ids=[case[1] for case in CASES])

@@ -27,7 +27,7 @@ LAYERS = (
      "filesystem", "agent", "nvconftest", "guestfiles", "kataconfig", "kernelorg",
      "drivermanifest", "driverparts", "runpayload", "runfile", "nvbranches", "nvcauses",
      "nvinstaller", "nvoutcome", "nvpreflight"),
-    ("check", "inside", "assembly", "packing"),
+    ("check", "inside", "assembly", "packing", "harvest"),
     ("stages",),
     ("plan", "guest"),
     ("artifacts", "context"),

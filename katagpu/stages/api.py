@@ -188,15 +188,15 @@ class Build:
 
     def enter(self, argv: Sequence[str], roots: Sequence[Root], *, binds: Sequence[Bind] = (),
               env: Mapping[str, str] | None = None, cwd: str = "/", network: bool = False,
-              capture: bool = False, check: bool = True) -> Result:
-        """Run a program in a sandbox, its output in the step's log.
+              capture: bool = False, check: bool = True, timeout: float | None = None) -> Result:
+        """Run a program in a sandbox, its output in the step's log; `timeout` in seconds.
 
         Only a stage that says `network` gets one.
         """
         assert not network or self.stage.network, f"{self.stage.name} may not use the network"
         self._entries += 1
         entry = Entry(argv=argv, roots=roots, scratch=self.directory(f"entry{self._entries}"),
-                      binds=binds, cwd=cwd, network=network,
+                      binds=binds, cwd=cwd, network=network, timeout=timeout,
                       env={"SOURCE_DATE_EPOCH": str(EPOCH), "TZ": "UTC", **(env or {})})
         try:
             return sandbox.enter(entry, log=self.log, capture=capture, check=check)

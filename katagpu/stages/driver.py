@@ -1,4 +1,4 @@
-"""The NVIDIA driver from the distribution's packages: kernel modules, then user space.
+"""The NVIDIA driver's kernel modules.
 
 The modules are compiled against the headers package of our kernel and nothing else of it, so that
 no change to the root file system compiles them again.
@@ -6,6 +6,8 @@ no change to the root file system compiles them again.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from katagpu import nvconftest, patches
@@ -27,12 +29,21 @@ DISPLAYS = {Capability.GRAPHICS, Capability.DISPLAY}
 PLACE = "kernel/drivers/video"  # where NVIDIA's own installer puts them
 
 
+def excluded(recipe: Recipe) -> list[str]:
+    """The modules that this guest does not need."""
+    displays = DISPLAYS & set(recipe.driver.capabilities)
+    return ["nvidia-peermem"] if displays else ["nvidia-peermem", "nvidia-drm", "nvidia-modeset"]
+
+
 def modules(recipe: Recipe, lock: Lock, root: Path) -> Stage:
-    """The kernel modules, stripped, at their place below usr/lib/modules."""
+    """The modules from the distribution's source package."""
+    return dataclasses.replace(plain(recipe, root), module=MODULE, make=make_modules,
+                               packages={"source": lock.group("driver_source")})
+
+
+def plain(recipe: Recipe, root: Path) -> Stage:
+    """What module builds have in common, wherever the source comes from."""
     driver = recipe.driver
-    excluded = ["nvidia-peermem"]
-    if not DISPLAYS & set(driver.capabilities):
-        excluded += ["nvidia-drm", "nvidia-modeset"]
     inputs = {"toolchain": Ref(stage="toolchain", output="root"),
               "headers": Ref(stage="kernel", output="headers"),
               "release": Ref(stage="kernel", output="release")}
@@ -41,13 +52,12 @@ def modules(recipe: Recipe, lock: Lock, root: Path) -> Stage:
     return Stage(name="driver_modules", title=f"NVIDIA kernel modules ({driver.kernel_module})",
                  module=MODULE, make=make_modules, outputs={"modules": Kind.TREE},
                  options={"flavour": str(driver.kernel_module), "version": driver.version,
-                          "excluded": excluded},
-                 inputs=inputs, files=patch_files(root, TARGETS[driver.kernel_module]),
-                 packages={"source": lock.group("driver_source")})
+                          "excluded": excluded(recipe)},
+                 inputs=inputs, files=patch_files(root, TARGETS[driver.kernel_module]))
 
 
-def _source(build: Build) -> Path:
-    """The driver's source, unpacked: the one directory modules/<name> of the package's tarball."""
+def make_modules(build: Build) -> None:
+    """Unpack the one directory modules/<name> of the package's tarball, and compile it."""
     (deb,) = build.debs("source")
     content = build.directory("driver-deb")
     run(["dpkg-deb", "--extract", deb, content], log=build.log)
@@ -57,22 +67,29 @@ def _source(build: Build) -> Path:
     source = build.directory("driver-source")
     run(["tar", "--extract", "--no-same-owner", "--strip-components=2", "--file", tarballs[0],
          "--directory", source], log=build.log)
-    return source
+    compile_modules(build, source)
 
 
-def make_modules(build: Build) -> None:
-    """Plain make against the headers, then strip (an open nvidia.ko is 224 MB with debug info)."""
+def compile_modules(build: Build, source: Path,
+                    unpatched: Callable[[str], None] = lambda release: None) -> None:
+    """Plain make against the headers, then strip (an open nvidia.ko is 224 MB with debug info).
+
+    `source` is written to. The modules become the output `modules`. `unpatched` is asked about the
+    kernel's release before a source is compiled that no patch of ours applies to.
+    """
     release = build.blob("release").read_text()
     headers = build.directory("headers")
     run(["dpkg-deb", "--extract", build.blob("headers"), headers], log=build.log)
     place = f"/usr/src/linux-headers-{release}"
-    source = _source(build)
     flavour = KernelModule(build.options["flavour"])
-    patch(build, TARGETS[flavour], build.options["version"], headers / place.lstrip("/"), source)
+    if not patch(build, TARGETS[flavour], build.options["version"], headers / place.lstrip("/"),
+                 source):
+        unpatched(release)
     ccache, env = environment(build, "driver")
     layers = [build.tree("build_layer")] if "build_layer" in build.inputs else []
-    results = build.store.root / "ccache/conftest" / nvconftest.key(
-        source, *(output.identity for name, output in sorted(build.inputs.items())))
+    # the driver's own files are in the key of `nvconftest`
+    others = (output.identity for name, output in sorted(build.inputs.items()) if name != "run")
+    results = build.store.root / "ccache/conftest" / nvconftest.key(source, *others)
     build.facts["conftest_kept"] = build.ccache and nvconftest.restore(results, source)
     roots = [Root(lower=(*layers, build.tree("toolchain")), upper=build.directory("upper"))]
     binds = [Bind(source=headers / place.lstrip("/"), target=place),
@@ -88,7 +105,12 @@ def make_modules(build: Build) -> None:
         raise StepError(f"make succeeded, but there is no nvidia.ko; log: {build.log}")
     build.enter(["strip", "--strip-debug", "--", *(path.name for path in built)], roots,
                 binds=binds, cwd=DRIVER)
-    out = build.directory("out")
+    put(build, built, release)
+
+
+def put(build: Build, built: Sequence[Path], release: str) -> None:
+    """Make stripped modules the output `modules`."""
+    out = build.directory("modules")
     target = out / "usr/lib/modules" / release / PLACE
     target.mkdir(parents=True)
     for path in built:

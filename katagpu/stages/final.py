@@ -7,9 +7,9 @@ from typing import Any
 
 from katagpu import kataconfig
 from katagpu.lock import Lock
-from katagpu.schema import Headers, ImageFormat, Recipe
+from katagpu.schema import DriverSource, Headers, ImageFormat, Recipe
 from katagpu.stages.api import Build, Ref, Stage
-from katagpu.stages.layers import toolkit_mode
+from katagpu.stages.layers import RUN, toolkit_mode
 from katagpu.store import Kind
 
 MODULE = "stages.final"
@@ -56,7 +56,8 @@ def manifest(recipe: Recipe, lock: Lock) -> Stage:
         "distribution": f"{recipe.distribution.id} {recipe.distribution.suite}",
         "kernel_source": lock.version("kernel_source", kernel.package or "") or kernel.version,
         "driver": None if driver.version is None else {
-            "version": driver.version, "kernel_module": str(driver.kernel_module),
+            "source": str(driver.source), "version": driver.version,
+            "kernel_module": str(driver.kernel_module),
             "capabilities": [str(name) for name in driver.capabilities]},
         "toolkit": {"source": str(recipe.toolkit.source), "version": recipe.toolkit.version,
                     "mode": toolkit_mode(recipe)},
@@ -69,6 +70,8 @@ def manifest(recipe: Recipe, lock: Lock) -> Stage:
     inputs = {**PARTS, "headers": Ref(stage="kernel", output=headers),
               "release": Ref(stage="kernel", output="release"),
               "report": Ref(stage="rootfs", output="report")}
+    if driver.source is DriverSource.RUNFILE:
+        inputs["run"] = RUN
     if recipe.agent is not None:
         inputs["agent"] = Ref(stage="agent", output="agent")
     return Stage(name="manifest", title="manifest", module=MODULE, make=make_manifest,
@@ -80,7 +83,7 @@ def make_manifest(build: Build) -> None:
     parts = {name: {"sha256": output.identity, "size": output.size}
              for name, output in build.inputs.items()}
     content = {"schema": 1, "kernel_release": build.blob("release").read_text(), **build.options,
-               "kata_agent": parts.get("agent"),
+               "kata_agent": parts.get("agent"), "driver_package": parts.get("run"),
                "parts": {name: parts[name] for name in PARTS},
                "checks": build.blob("report").read_text().splitlines()}
     build.put_bytes("manifest", (json.dumps(content, indent=2) + "\n").encode())

@@ -33,12 +33,14 @@ def patch_files(root: Path, target: patches.Target) -> dict[str, Path]:
     return {f"patches/{path.name}": path for path in sorted(directory.iterdir())}
 
 
-def patch(build: Build, target: patches.Target, version: str, headers: Path, tree: Path) -> None:
-    """Apply what the stage's series has for this version and these headers."""
+def patch(build: Build, target: patches.Target, version: str, headers: Path, tree: Path) -> int:
+    """Apply what the stage's series has for this version and these headers; how many patches."""
     series = patches.load_series(build.file("patches/series.yaml"))
-    for chosen in patches.select(series, target, version, headers):
+    found = patches.select(series, target, version, headers)
+    for chosen in found:
         log.note(f"{build.stage.name}: {chosen.path.name}: {chosen.reason}")
         patches.apply([chosen], tree, build.log)
+    return len(found)
 
 
 def tree(build: Build) -> Path:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from katagpu.schema import DriverSource, Recipe, ToolkitSource
+from katagpu.schema import DriverSource, ModulesBy, Recipe, ToolkitSource
 from katagpu.stages.api import Build, Ref
+
+RUN = Ref(stage="driver_package", output="run")
+"""The `.run` file of a recipe with `driver: {source: runfile}`."""
 
 
 def chain(recipe: Recipe) -> dict[str, Ref]:
@@ -17,8 +20,14 @@ def chain(recipe: Recipe) -> dict[str, Ref]:
         layers["driver_user"] = Ref(stage="driver_user", output="layer")
     layers["kernel_modules"] = Ref(stage="kernel", output="modules")
     if recipe.driver.source is not DriverSource.NONE:
-        layers["driver_modules"] = Ref(stage="driver_modules", output="modules")
+        layers["driver_modules"] = driver_modules(recipe)
     return layers
+
+
+def driver_modules(recipe: Recipe) -> Ref:
+    """The driver's kernel modules: of a stage of their own, or of the installer that built them."""
+    installer = recipe.driver.modules_by is ModulesBy.INSTALLER
+    return Ref(stage="driver_user" if installer else "driver_modules", output="modules")
 
 
 def toolkit_mode(recipe: Recipe) -> str:

@@ -11,16 +11,21 @@ from typing import Any
 
 from katagpu import agent, assembly, guestfiles, log
 from katagpu.check import elf
+from katagpu.check import facts as facts_of
 from katagpu.check.facts import Finding, Severity, raise_on
 from katagpu.errors import UserError
 from katagpu.sandbox import Bind, Root
-from katagpu.schema import Capability, DriverSource, Recipe
+from katagpu.schema import DriverSource, Recipe
 from katagpu.stages.api import Build, Ref, Stage
 from katagpu.stages.layers import chain, stack, toolkit_mode
 from katagpu.store import Kind
 
 MODULE = "stages.rootfs"
 AGENT = "usr/bin/kata-agent"
+KNOWN = {str(name) for name in facts_of.Capability}
+# Debian has the libraries in a directory of their own, NVIDIA's installer among all others.
+DRIVER_LAYOUTS = {DriverSource.DEBIAN: "debian", DriverSource.RUNFILE: "plain",
+                  DriverSource.NONE: "plain"}
 
 
 def rootfs(recipe: Recipe, root: Path) -> Stage:
@@ -38,10 +43,11 @@ def rootfs(recipe: Recipe, root: Path) -> Stage:
     if driver.source is not DriverSource.NONE:
         facts["driver"] = {"version": driver.version, "flavour": str(driver.kernel_module),
                            "capabilities": [str(name) for name in driver.capabilities
-                                            if name is not Capability.DISPLAY]}
+                                            if str(name) in KNOWN]}
     return Stage(name="rootfs", title="root file system and its checks", module=MODULE,
                  make=make_rootfs, outputs={"layer": Kind.TREE, "report": Kind.FILE},
-                 options={**facts, "layers": list(chain(recipe)), "toolkit": toolkit_mode(recipe),
+                 options={**facts, "driver_layout": DRIVER_LAYOUTS[driver.source],
+                          "layers": list(chain(recipe)), "toolkit": toolkit_mode(recipe),
                           "drm": "drm" in recipe.kernel.features,
                           "format": str(recipe.image.format),
                           "compressor": compressor(recipe)},
@@ -63,7 +69,7 @@ def make_rootfs(build: Build) -> None:
     build.inside(assembly.lay, plain, variables={
         "toolkit_mode": build.options["toolkit"], "drm": build.options["drm"],
         "hook_binary": "/usr/bin/nvidia-container-runtime-hook",
-        "driver_layout": "debian", "multiarch": "x86_64-linux-gnu",
+        "driver_layout": build.options["driver_layout"], "multiarch": "x86_64-linux-gnu",
         "driver_version": (build.options["driver"] or {}).get("version", "")})
     binds = []
     if "agent" in build.inputs:
