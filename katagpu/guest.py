@@ -22,7 +22,7 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
     chain = [Ref(stage="base", output="root")]
     if recipe.toolkit.source is ToolkitSource.GO:
         found += [toolkit.source(recipe), toolkit.toolkit(recipe)]
-    if recipe.toolkit.source is ToolkitSource.DEBS:
+    if recipe.toolkit.source in {ToolkitSource.APT, ToolkitSource.DEBS}:
         found.append(roots.layer(lock, "toolkit", "container toolkit", chain, slim=True,
                                  files=[root / deb for deb in recipe.toolkit.debs]))
     if recipe.toolkit.source is not ToolkitSource.NONE:
@@ -36,6 +36,9 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
     if recipe.driver.source is not DriverSource.NONE:
         found += [driver.modules(recipe, lock, root),
                   roots.layer(lock, "driver_user", "NVIDIA user space", chain, slim=True)]
+        chain = [*chain, Ref(stage="driver_user", output="layer")]
+    if recipe.services:
+        found.append(roots.layer(lock, "services", "NVIDIA's daemons", chain, slim=True))
     if recipe.agent is not None:
         found.append(rootfs.agent_stage(recipe, root))
     found += [rootfs.rootfs(recipe, root), image.image(recipe), image.initrd(recipe),
