@@ -42,6 +42,7 @@ def rootfs(recipe: Recipe, root: Path) -> Stage:
     return Stage(name="rootfs", title="root file system and its checks", module=MODULE,
                  make=make_rootfs, outputs={"layer": Kind.TREE, "report": Kind.FILE},
                  options={**facts, "layers": list(chain(recipe)), "toolkit": toolkit_mode(recipe),
+                          "services": [str(name) for name in recipe.services],
                           "drm": "drm" in recipe.kernel.features,
                           "format": str(recipe.image.format),
                           "compressor": compressor(recipe)},
@@ -62,6 +63,7 @@ def make_rootfs(build: Build) -> None:
     plain = [Root(lower=stack(build), upper=upper, special=False)]
     build.inside(assembly.lay, plain, variables={
         "toolkit_mode": build.options["toolkit"], "drm": build.options["drm"],
+        "services": build.options["services"],
         "hook_binary": "/usr/bin/nvidia-container-runtime-hook",
         "driver_layout": "debian", "multiarch": "x86_64-linux-gnu",
         "driver_version": (build.options["driver"] or {}).get("version", "")})
