@@ -23,7 +23,7 @@ from tests.toyarchive import ToyArchive, missing, served, signing_keys
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"needs {missing()} of the host")
 
 VERSIONS = ("1.16.2-1", "1.17.7-1", "1.17.8-1", "1.17.9-1", "1.18.0~rc.1-1", "1.18.0-1")
-CLI = "#!/bin/sh\necho called\n"
+CLI = b"#!/bin/sh\necho called\n"
 PIN = Pin(leader="nvidia-container-toolkit", version="1.17.8-1",
           packages=("nvidia-container-*", "libnvidia-container*"))
 

@@ -61,14 +61,15 @@ class ToyArchive:
             **{key.replace("_", "-"): value for key, value in fields.items()}}
         return file
 
-    def add_deb(self, name: str, version: str, programs: Mapping[str, str], **fields: str) -> Path:
+    def add_deb(self, name: str, version: str, programs: Mapping[str, bytes], **fields: str,
+                ) -> Path:
         """A real package, with executables by their paths in the guest; its file."""
         with tempfile.TemporaryDirectory() as place:
             tree = Path(place) / "tree"
-            for path, text in programs.items():
+            for path, content in programs.items():
                 target = tree / path.lstrip("/")
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(text)
+                target.write_bytes(content)
                 target.chmod(0o755)
             control = {"Package": name, "Version": version, "Architecture": "amd64",
                        "Maintainer": "t <t@t>", "Description": name,
