@@ -34,7 +34,7 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
     chain = [Ref(stage="base", output="root")]
     if recipe.toolkit.source is ToolkitSource.GO:
         found += [toolkit.source(recipe), toolkit.toolkit(recipe)]
-    if recipe.toolkit.source is ToolkitSource.DEBS:
+    if recipe.toolkit.source in {ToolkitSource.APT, ToolkitSource.DEBS}:
         found.append(roots.layer(lock, "toolkit", "container toolkit", chain, slim=True,
                                  files=[root / deb for deb in recipe.toolkit.debs]))
     if recipe.toolkit.source is not ToolkitSource.NONE:
@@ -46,6 +46,10 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
         found.append(roots.layer(lock, "build_layer", "EXTRA_PKGS on the build root",
                                  [Ref(stage="toolchain", output="root")]))
     found += _driver(recipe, lock, root, chain)
+    if recipe.driver.source is not DriverSource.NONE:
+        chain = [*chain, Ref(stage="driver_user", output="layer")]
+    if recipe.services:
+        found.append(roots.layer(lock, "services", "NVIDIA's daemons", chain, slim=True))
     if recipe.agent is not None:
         found.append(rootfs.agent_stage(recipe, root))
     found += [rootfs.rootfs(recipe, root), image.image(recipe), image.initrd(recipe),

@@ -87,7 +87,8 @@ def digest_files(repository: Path = REPOSITORY) -> list[Path]:
 def render(variables: Mapping[str, object], repository: Path = REPOSITORY) -> list[Entry]:
     """The entries for these variables, in the order in which `lay` makes them.
 
-    The templates read `toolkit_mode` ("cdi", "hook" or "none"), `drm` (bool: the kernel has DRM),
+    The templates read `toolkit_mode` ("cdi", "hook" or "none"), `services` (a list of "dcgm" and
+    "fabricmanager"), `drm` (bool: the kernel has DRM),
     `hook_binary` (the toolkit's prestart program), `driver_layout` ("debian": Debian's packages,
     "plain": everything in the library directory), `driver_version` and `multiarch`. A variable that
     is used and not given is an error.

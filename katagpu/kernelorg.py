@@ -6,7 +6,6 @@ Signatures are made over the tar, not over its compressed form
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import lzma
 import os
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from katagpu import pgp
 from katagpu.errors import StepError, UserError
 from katagpu.fetch import Fetched, Job, fetch_all
 from katagpu.run import run
@@ -96,17 +96,11 @@ def _pinned(keys: Path) -> set[str]:
 def _keyring(keys: Path) -> bytes:
     """The keys in the binary form that gpgv reads."""
     blocks = [block for path in sorted(keys.glob("*.asc"))
-              for block in path.read_text().split("-----BEGIN PGP PUBLIC KEY BLOCK-----")[1:]]
+              for block in path.read_text().split(pgp.BEGIN)[1:]]
     if not blocks:
         raise UserError(f"there are no keys in {keys}", hint=(
             f"put the keys of {keys / 'fingerprints'} there as *.asc (gpg --armor --export)"))
-    return b"".join(_dearmored(block) for block in blocks)
-
-
-def _dearmored(block: str) -> bytes:
-    """The bytes of an ASCII armor (RFC 9580, 6.2): headers, an empty line, base64, a checksum."""
-    text = block.split("-----END")[0].replace("\r\n", "\n").partition("\n\n")[2]
-    return base64.b64decode("".join(line for line in text.split() if not line.startswith("=")))
+    return b"".join(pgp.dearmored(block) for block in blocks)
 
 
 def _gpgv(tarball: Path, signature: Path, keyring: Path) -> tuple[int, str]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
 import msgspec
 
+from katagpu import aptview, keyring
+from katagpu.aptview import Pin, View
 from katagpu.errors import UserError
 from katagpu.run import run
 from katagpu.store import writing
@@ -51,12 +53,25 @@ class Lock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Archive(msgspec.Struct, frozen=True, kw_only=True):
-    """An apt archive: suites and components below one address, and the keyring that signs it."""
+    """An apt archive: suites and components below one address, and the keyring that signs it.
+
+    A suite that ends in a slash is a flat archive's (sources.list(5)), without components.
+    """
 
     uri: str
     suites: tuple[str, ...]
     components: tuple[str, ...]
     keyring: str
+
+
+class Repository(msgspec.Struct, frozen=True, kw_only=True):
+    """An archive beside the distribution's; its `keyring` is a path or URL of a key.
+
+    `fingerprint` is that of the key, which a URL needs.
+    """
+
+    archive: Archive
+    fingerprint: str | None = None
 
 
 class LocalDeb(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,13 +86,16 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
 
     `files` are packages that are at hand: what they depend on is locked, they are not.
     `on` names a group that is installed already: only what comes in addition is locked. `alone`
-    locks the named packages without their dependencies (sources shipped as packages).
+    locks the named packages without their dependencies (sources shipped as packages). What `pins`
+    name comes from `repository`, by its name in the request, and from nowhere else.
     """
 
     packages: tuple[str, ...] = ()
     files: tuple[LocalDeb, ...] = ()
     on: str | None = None
     alone: bool = False
+    repository: str | None = None
+    pins: tuple[Pin, ...] = ()
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +106,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     archives: tuple[Archive, ...]
     groups: dict[str, Group]
+    repositories: dict[str, Repository] = {}
 
 
 def read(path: Path) -> Lock | None:
@@ -142,15 +161,47 @@ class Apt:
 
     def __init__(self, directory: Path, archives: Sequence[Archive], architecture: str) -> None:
         self.directory = directory
-        with writing(directory):
-            for name in ("lists/partial", "cache/archives/partial", "etc"):
-                (directory / name).mkdir(parents=True, exist_ok=True)
-            (directory / "status").touch()
-            (directory / "etc/sources.list").write_text("".join(
-                f"deb [arch={architecture} signed-by={archive.keyring}] {archive.uri} {suite} "
-                f"{' '.join(archive.components)}\n"
-                for archive in archives for suite in archive.suites))
-            (directory / "apt.conf").write_text(_configuration(directory, architecture))
+        self.architecture = architecture
+        self.lists = directory / "lists"
+        self.views: tuple[View, ...] = ()
+        self._sources = "".join(
+            f"deb [arch={architecture} signed-by={archive.keyring}] {archive.uri} {suite} "
+            f"{' '.join(archive.components)}\n"
+            for archive in archives for suite in archive.suites)
+        self._write(self._sources, "")
+
+    def _write(self, sources: str, preferences: str) -> None:
+        with writing(self.directory):
+            for path in (self.lists / "partial", self.directory / "cache/archives/partial",
+                         self.directory / "etc"):
+                path.mkdir(parents=True, exist_ok=True)
+            (self.directory / "status").touch()
+            (self.directory / "etc/sources.list").write_text(sources)
+            (self.directory / "etc/preferences").write_text(preferences)
+            (self.directory / "apt.conf").write_text(
+                _configuration(self.directory, self.lists, self.architecture))
+
+    def beside(self, views: Sequence[View], preferences: str) -> Apt:
+        """This apt's archives with views of repositories, under preferences.
+
+        The package lists are this one's, so they are not fetched once more.
+        """
+        name = "-".join(["with", *(view.place.name for view in views)])
+        other = Apt(self.directory / name, (), self.architecture)
+        other.lists = self.lists
+        other.views = tuple(views)
+        local = "".join(f"deb [arch={self.architecture} trusted=yes] {view.source} ./\n"
+                        for view in views)
+        other._write(local, preferences)
+        other.update(keep=True)
+        other._write(self._sources + local, preferences)
+        return other
+
+    def indexes(self) -> list[str]:
+        """The texts of all package indexes, as their signatures were verified."""
+        _status, out, _said = self._run("apt-get", "indextargets", "--format", "$(FILENAME)",
+                                        "Created-By: Packages")
+        return [Path(line).read_text() for line in out.splitlines()]
 
     def _run(self, *words: str) -> tuple[int, str, str]:
         log = self.directory / "log"
@@ -162,10 +213,16 @@ class Apt:
         said = "\n".join(line for line in log.read_text().splitlines() if not line.startswith("$ "))
         return result.status, result.stdout.decode(), said
 
-    def update(self) -> None:
-        """Fetch the package lists. Raises `UserError` when they cannot be had or are not signed."""
+    def update(self, *, keep: bool = False) -> None:
+        """Fetch the package lists; `keep` those of other archives.
+
+        Any strong digest will do for them: NVIDIA's Release files have SHA-512 alone. Raises
+        `UserError` when they cannot be had or are not signed.
+        """
+        cleanup = f"APT::Get::List-Cleanup={'false' if keep else 'true'}"
         status, _out, said = self._run("apt-get", "update", "-q", "-o",
-                                       "APT::Update::Error-Mode=any")
+                                       "APT::Update::Error-Mode=any", "-o", cleanup,
+                                       "-o", "Acquire::ForceHash=")
         if status != 0:
             raise UserError(f"the package lists could not be fetched:\n{said}", hint=_cure(said))
 
@@ -182,7 +239,15 @@ class Apt:
         if status != 0:
             why = out.partition("have unmet dependencies:\n")[2]
             raise UserError(f"the packages cannot be resolved:\n{why}{said}", hint=self._hint(said))
-        return {match[2]: _deb(match) for match in _URI.finditer(out)}
+        return {match[2]: self._deb(match) for match in _URI.finditer(out)}
+
+    def _deb(self, match: re.Match[str]) -> Deb:
+        url, file, size, sha256 = match.groups()
+        for view in self.views:
+            url = view.url(url)
+        package, version, architecture = unquote(file).removesuffix(".deb").split("_")
+        return Deb(package=package, version=version, architecture=architecture, url=url,
+                   size=int(size), sha256=sha256)
 
     def _hint(self, said: str) -> str:
         version = re.search(r"Version '.*' for '(.+)' was not found", said)
@@ -200,14 +265,15 @@ class Apt:
         return "compare the recipe's package names and driver version with the archive"
 
 
-def _configuration(directory: Path, architecture: str) -> str:
+def _configuration(directory: Path, lists: Path, architecture: str) -> str:
     settings = {
         "Dir::Etc::main": "/dev/null", "Dir::Etc::parts": "/dev/null",
-        "Dir::State": directory, "Dir::State::Lists": directory / "lists",
+        "Dir::State": directory, "Dir::State::Lists": lists,
         "Dir::State::status": directory / "status", "Dir::Cache": directory / "cache",
         "Dir::Cache::srcpkgcache": "",
         "Dir::Etc::sourcelist": directory / "etc/sources.list",
-        "Dir::Etc::sourceparts": "/dev/null", "Dir::Etc::preferences": "/dev/null",
+        "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::Etc::preferences": directory / "etc/preferences",
         "Dir::Etc::preferencesparts": "/dev/null",
         "APT::Architecture": architecture, "APT::Sandbox::User": "",
         "APT::Install-Recommends": "false", "Debug::NoLocking": "true",
@@ -221,16 +287,14 @@ def _configuration(directory: Path, architecture: str) -> str:
     return f'{own}APT::Architectures {{ "{architecture}"; }};\n{host}'
 
 
-def _deb(match: re.Match[str]) -> Deb:
-    url, file, size, sha256 = match.groups()
-    package, version, architecture = unquote(file).removesuffix(".deb").split("_")
-    return Deb(package=package, version=version, architecture=architecture, url=url,
-               size=int(size), sha256=sha256)
-
-
 def _cure(said: str) -> str:
-    if "NO_PUBKEY" in said or "not signed" in said or "signatures were invalid" in said:
-        return "the recipe's keyring does not sign this archive: install the distribution's keyring"
+    if "EXPKEYSIG" in said or "KEYEXPIRED" in said or "is not live" in said:
+        return "the key that signs this archive has expired: get its successor, and write its " \
+               "fingerprint where the recipe has one"
+    if "NO_PUBKEY" in said or "Missing key" in said or "not signed" in said \
+            or "signatures were invalid" in said:
+        return "the recipe's keyring does not sign this archive: install the distribution's " \
+               "keyring, or name the repository's own key"
     if "is expired" in said or "not valid yet" in said:
         return "the archive's Release file is out of date: use another mirror, or mend the clock"
     if "Hash Sum mismatch" in said or "unexpected size" in said:
@@ -242,6 +306,9 @@ def resolve(request: Request, directory: Path) -> Lock:
     """Resolve a request with apt below `directory`. Needs the network."""
     apt = Apt(directory, request.archives, request.architecture)
     apt.update()
+    views = {name: _view(request, name, directory / "repositories" / name)
+             for name in request.repositories}
+    aptitude: dict[tuple[Group, ...], Apt] = {(): apt}
     found: dict[str, dict[str, Deb]] = {}
     for name, group in request.groups.items():
         if group.alone:
@@ -252,11 +319,34 @@ def resolve(request: Request, directory: Path) -> Lock:
         local = [deb.path for one in stack for deb in one.files]
         wanted = [*(package for one in stack for package in one.packages), *local]
         there = {file for other in below for file in found[other]}
-        found[name] = {file: deb for file, deb in apt.closure(wanted).items()
+        pinned = tuple(one for one in reversed(stack) if one.repository is not None)
+        if pinned not in aptitude:
+            aptitude[pinned] = _beside(apt, pinned, views)
+        found[name] = {file: deb for file, deb in aptitude[pinned].closure(wanted).items()
                        if file not in there and deb.url.removeprefix("file:") not in local}
     groups = {name: tuple(sorted(debs.values(), key=lambda deb: deb.package))
               for name, debs in found.items()}
     return Lock(recipe=request.recipe, request=request.identity, groups=groups)
+
+
+def _view(request: Request, name: str, directory: Path) -> View:
+    """What the groups take from a repository, which is verified with its own key alone."""
+    wanted = request.repositories[name]
+    key = keyring.place(wanted.archive.keyring, wanted.fingerprint, directory / "keyring.gpg")
+    archive = msgspec.structs.replace(wanted.archive, keyring=str(key))
+    apt = Apt(directory / "apt", [archive], request.architecture)
+    apt.update()
+    pins = [pin for group in request.groups.values() if group.repository == name
+            for pin in group.pins]
+    return aptview.lay(apt.indexes(), pins, archive.uri, directory / "view" / name)
+
+
+def _beside(apt: Apt, groups: Sequence[Group], views: Mapping[str, View]) -> Apt:
+    """The apt that sees what these groups take from their repositories."""
+    names = dict.fromkeys(group.repository for group in groups if group.repository is not None)
+    return apt.beside([views[name] for name in names], "".join(
+        views[group.repository].preferences(group.pins) for group in groups
+        if group.repository is not None))
 
 
 def _below(request: Request, group: Group) -> list[str]:

@@ -34,7 +34,9 @@ from katagpu.schema import (
     KernelSource,
     ModulesBy,
     Recipe,
+    Repository,
     Rootfs,
+    Service,
     Toolkit,
     ToolkitMode,
     ToolkitSource,
@@ -43,8 +45,8 @@ from katagpu.schema import (
 __all__ = [
     "Agent", "Arch", "Capability", "Compression", "Distribution", "DistributionId", "Driver",
     "DriverSource", "Headers", "Image", "ImageFormat", "Kernel", "KernelModule", "KernelSource",
-    "ModulesBy", "Recipe", "Rootfs", "Toolkit", "ToolkitMode", "ToolkitSource", "features",
-    "known", "load", "problems",
+    "ModulesBy", "Recipe", "Repository", "Rootfs", "Service", "Toolkit", "ToolkitMode",
+    "ToolkitSource", "features", "known", "load", "problems",
 ]
 
 Problem = tuple[tuple[str | int, ...], str, str | None]
@@ -140,6 +142,7 @@ def problems(recipe: Recipe, name: str, root: Path) -> Iterator[Problem]:
     yield from _kernel(recipe, root)
     yield from _driver(recipe)
     yield from _toolkit(recipe, root)
+    yield from _services(recipe, root)
     yield from _agent(recipe)
     yield from _image(recipe)
 
@@ -208,10 +211,11 @@ def _runfile(recipe: Recipe) -> Iterator[Problem]:
 
 def _toolkit(recipe: Recipe, root: Path) -> Iterator[Problem]:
     toolkit = recipe.toolkit
-    if toolkit.source is ToolkitSource.GO and toolkit.version is None:
-        yield (("toolkit",), "`source: go` needs `version`", "for example `version: v1.17.8`")
-    if toolkit.source is not ToolkitSource.GO and toolkit.version is not None:
-        yield ("toolkit", "version"), "belongs to `source: go`", "remove it"
+    yield from _toolkit_version(toolkit)
+    if toolkit.source is ToolkitSource.APT:
+        yield from _repository(toolkit.repository, ("toolkit", "repository"), root)
+    elif toolkit.repository != schema.LIBNVIDIA_CONTAINER:
+        yield ("toolkit", "repository"), "belongs to `source: apt`", "remove it"
     if toolkit.source is ToolkitSource.DEBS and not toolkit.debs:
         yield ("toolkit",), "`source: debs` needs `debs`, a list of files", None
     if len({Path(deb).name for deb in toolkit.debs}) != len(toolkit.debs):
@@ -222,11 +226,60 @@ def _toolkit(recipe: Recipe, root: Path) -> Iterator[Problem]:
         if not (root / deb).is_file():
             yield (("toolkit", "debs", number), f"there is no file {root / deb}",
                    "paths start at the repository's root")
-    if toolkit.mode is ToolkitMode.HOOK and toolkit.source is not ToolkitSource.DEBS:
+    if toolkit.mode is ToolkitMode.HOOK and toolkit.source in {ToolkitSource.GO,
+                                                               ToolkitSource.NONE}:
         why = ("the toolkit's Go module does not contain"
                if toolkit.source is ToolkitSource.GO else "`source: none` does not bring")
         yield (("toolkit", "mode"), f"`hook` needs nvidia-container-cli, which {why}",
-               "use `mode: cdi`, or `source: debs` with the packages that have it")
+               "use `mode: cdi`, or the packages that have it: `source: apt` or `source: debs`")
+
+
+def _toolkit_version(toolkit: Toolkit) -> Iterator[Problem]:
+    where, version = ("toolkit", "version"), toolkit.version
+    if toolkit.source is ToolkitSource.GO:
+        if version is None:
+            yield ("toolkit",), "`source: go` needs `version`", "for example `version: v1.17.8`"
+        elif not version.startswith("v"):
+            yield where, f"{version!r} is not a version of the Go module", "for example `v1.17.8`"
+    elif version is not None and toolkit.source is not ToolkitSource.APT:
+        yield where, "belongs to `source: go` and `source: apt`", "remove it"
+    elif version is not None and version.startswith("v"):
+        yield where, f"{version!r} is not the version of a package", 'for example `"1.17.8-1"`'
+
+
+def _repository(repository: Repository, where: tuple[str | int, ...], root: Path,
+                ) -> Iterator[Problem]:
+    flat = repository.suite.endswith("/")
+    if flat and repository.components:
+        yield (*where, "components"), "a flat repository has none", "remove them"
+    if not flat and not repository.components:
+        yield (where, f"the suite {repository.suite!r} needs `components`",
+               "or is it flat? then its name ends in a slash")
+    if repository.signed_by.startswith(("http://", "https://")):
+        if repository.fingerprint is None:
+            yield ((*where, "signed_by"), "a key from a URL needs `fingerprint`",
+                   "who signs the repository publishes it: the key itself is no witness")
+    elif not (root / repository.signed_by).is_file():
+        yield ((*where, "signed_by"), f"there is no file {root / repository.signed_by}",
+               "paths start at the repository's root")
+
+
+def _services(recipe: Recipe, root: Path) -> Iterator[Problem]:
+    repository = recipe.nvidia_repository
+    if repository is not None:
+        yield from _repository(repository, ("nvidia_repository",), root)
+        if not recipe.services:
+            yield ("nvidia_repository",), "no service is taken from it", "remove it"
+    for number, service in enumerate(recipe.services):
+        where = ("services", number)
+        if recipe.driver.source is DriverSource.NONE:
+            yield where, f"{service.value!r} needs the driver, and there is none", "remove it"
+        elif repository is None:
+            yield (where, f"{service.value!r} is in NVIDIA's own repository, and this recipe "
+                          f"names none: the distribution's archive does not have it",
+                   "add `nvidia_repository` (docs/recipe.md), or remove the service")
+        if service in recipe.services[:number]:
+            yield where, f"{service.value!r} is there twice", "remove one"
 
 
 def _agent(recipe: Recipe) -> Iterator[Problem]:

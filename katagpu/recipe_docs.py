@@ -21,14 +21,22 @@ END = "<!-- end of fields -->"
 
 
 def tables() -> str:
-    """A table for the recipe itself, and one for each section."""
-    parts = [_table("Top level", Recipe)]
-    for field in msgspec.structs.fields(Recipe):
+    """A table for the recipe itself, and one for each kind of section."""
+    places: dict[type[Section], list[str]] = {}
+    _collect(Recipe, "", places)
+    return "\n\n".join([_table("Top level", Recipe), *(
+        _table(", ".join(f"`{place}`" for place in found), kind)
+        for kind, found in places.items())])
+
+
+def _collect(kind: type[Section], prefix: str, places: dict[type[Section], list[str]]) -> None:
+    """Where each kind of section stands below `kind`, in the order of the fields."""
+    for field in msgspec.structs.fields(kind):
         section = next((arm for arm in _arms(field.type) if isinstance(arm, type)
                         and issubclass(arm, Section)), None)
         if section is not None:
-            parts.append(_table(f"`{field.name}`", section))
-    return "\n\n".join(parts)
+            places.setdefault(section, []).append(f"{prefix}{field.name}")
+            _collect(section, f"{prefix}{field.name}.", places)
 
 
 def updated(text: str) -> str:
@@ -62,7 +70,8 @@ def _default(field: Any) -> str:
     default = field.default
     if default is msgspec.NODEFAULT and field.default_factory is msgspec.NODEFAULT:
         return "required"
-    if isinstance(default, Section):
+    if isinstance(default, Section) and not any(
+            inner.required for inner in msgspec.structs.fields(default)):
         return "all defaults"
     value = msgspec.json.encode(msgspec.to_builtins(default)).decode().replace(",", ", ")
     return f"`{value}`".replace('"', "")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from msgspec import to_builtins
 
+from katagpu.aptview import Pin
 from katagpu.keys import digest, file_digest
-from katagpu.lock import FORMAT, Archive, Group, LocalDeb, Request, host_archive
+from katagpu.lock import FORMAT, Archive, Group, LocalDeb, Repository, Request, host_archive
 from katagpu.schema import (
     Capability,
     DriverSource,
@@ -16,8 +17,11 @@ from katagpu.schema import (
     KernelSource,
     ModulesBy,
     Recipe,
+    Service,
+    ToolkitMode,
     ToolkitSource,
 )
+from katagpu.schema import Repository as RecipeRepository
 
 ESSENTIAL = "?essential"  # apt-patterns(7)
 
@@ -52,6 +56,13 @@ DRIVER: dict[Capability, tuple[str, ...]] = {
 DRIVER_ALWAYS = ("firmware-nvidia-gsp", "nvidia-persistenced")
 DRIVER_SOURCE = {KernelModule.OPEN: "nvidia-open-kernel-source",
                  KernelModule.CLOSED: "nvidia-kernel-source"}
+ARCHITECTURE = "amd64"  # Debian's name
+# NVIDIA's packages of the toolkit, which release together. nvidia-container-toolkit asks for
+# libnvidia-container-tools of its own version or newer, and gets the newest where nothing pins it.
+TOOLKIT = ("nvidia-container-*", "libnvidia-container*")
+# Since this branch NVIDIA's packages are not named after the branch any more (its own
+# gpu-driver-container installs them by this rule).
+UNBRANCHED = 580
 
 # What nvidia-installer needs beside the compiler and make of EXTRA_PKGS: the C library's headers,
 # libelf for the kernel's objtool, and ccache.
@@ -89,6 +100,8 @@ def groups(recipe: Recipe, root: Path) -> dict[str, Group]:
         files = tuple(LocalDeb(path=str((root / deb).resolve()), sha256=file_digest(root / deb))
                       for deb in recipe.toolkit.debs)
         found["toolkit"] = Group(files=files, on="base")
+    if recipe.toolkit.source is ToolkitSource.APT:
+        found["toolkit"] = _toolkit(recipe)
     driver = recipe.driver
     if driver.source is DriverSource.DEBIAN:
         wanted = [package for capability in Capability if capability in driver.capabilities
@@ -103,7 +116,56 @@ def groups(recipe: Recipe, root: Path) -> dict[str, Group]:
     if driver.source is DriverSource.RUNFILE and driver.modules_by is ModulesBy.INSTALLER:
         found["driver_build"] = Group(packages=(*dict.fromkeys((*extra, *COMPILING)),),
                                       on="toolkit" if "toolkit" in found else "base")
+    if recipe.services:
+        below = next(name for name in ("driver_user", "toolkit", "base") if name in found)
+        found["services"] = _services(recipe, below)
     return found
+
+
+def _toolkit(recipe: Recipe) -> Group:
+    hook = recipe.toolkit.mode is ToolkitMode.HOOK
+    leader = "nvidia-container-toolkit"
+    return Group(packages=(leader, *(("libnvidia-container-tools",) if hook else ())), on="base",
+                 repository="toolkit", pins=(
+                     Pin(leader=leader, packages=TOOLKIT, version=recipe.toolkit.version),))
+
+
+def _services(recipe: Recipe, below: str) -> Group:
+    """The daemons of NVIDIA's repository, on the group `below`.
+
+    The fabric manager ends at once when the driver has another version than its own.
+    """
+    version = recipe.driver.version or ""
+    branch = version.split(".")[0]
+    suffix = "" if int(branch) >= UNBRANCHED else f"-{branch}"
+    packages: list[str] = []
+    pins = []
+    if Service.FABRICMANAGER in recipe.services:
+        leader = f"nvidia-fabricmanager{suffix}"
+        switches = f"libnvidia-nscq{suffix}"  # DCGM reads the switches through it
+        packages += [leader, *([switches] if Service.DCGM in recipe.services else [])]
+        pins.append(Pin(leader=leader, packages=(leader, switches), version=f"{version}-*"))
+    if Service.DCGM in recipe.services:
+        packages.append("datacenter-gpu-manager-4-core")
+        pins.append(Pin(leader=packages[-1], packages=("datacenter-gpu-manager-4-*",)))
+    return Group(packages=tuple(packages), on=below, repository="nvidia", pins=tuple(pins))
+
+
+def repositories(recipe: Recipe, root: Path) -> dict[str, Repository]:
+    """The repositories that the groups name."""
+    wanted: dict[str, RecipeRepository | None] = {
+        "toolkit": recipe.toolkit.repository if recipe.toolkit.source is ToolkitSource.APT
+        else None,
+        "nvidia": recipe.nvidia_repository if recipe.services else None}
+    return {name: _repository(found, root) for name, found in wanted.items() if found is not None}
+
+
+def _repository(found: RecipeRepository, root: Path) -> Repository:
+    key = found.signed_by
+    return Repository(fingerprint=found.fingerprint, archive=Archive(
+        uri=found.uri.replace("$(ARCH)", ARCHITECTURE), suites=(found.suite,),
+        components=found.components,
+        keyring=key if key.startswith(("http://", "https://")) else str(root / key)))
 
 
 def archives(recipe: Recipe) -> tuple[Archive, ...]:
@@ -131,11 +193,17 @@ def identity(recipe: Recipe, root: Path) -> str:
     wanted = to_builtins(groups(recipe, root))
     for group in wanted.values():
         group["files"] = [deb["sha256"] for deb in group["files"]]
-    return digest({"format": FORMAT, "distribution": to_builtins(recipe.distribution),
-                   "groups": wanted})
+        if group["repository"] is None:  # as before there were any, so that older locks hold
+            del group["repository"], group["pins"]
+    content = {"format": FORMAT, "distribution": to_builtins(recipe.distribution),
+               "groups": wanted}
+    given = {"toolkit": recipe.toolkit.repository, "nvidia": recipe.nvidia_repository}
+    used = {name: to_builtins(given[name]) for name in repositories(recipe, root)}
+    return digest({**content, "repositories": used} if used else content)
 
 
 def request(recipe: Recipe, root: Path) -> Request:
     """The whole request of a recipe, with the addresses for this host."""
-    return Request(recipe=recipe.name, identity=identity(recipe, root), architecture="amd64",
-                   archives=archives(recipe), groups=groups(recipe, root))
+    return Request(recipe=recipe.name, identity=identity(recipe, root), architecture=ARCHITECTURE,
+                   archives=archives(recipe), groups=groups(recipe, root),
+                   repositories=repositories(recipe, root))

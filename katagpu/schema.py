@@ -24,8 +24,10 @@ PackageName = Annotated[str, Meta(
 DriverVersion = Annotated[str, Meta(pattern=rf"^{DRIVER_VERSION.pattern}\Z")]
 KernelVersion = Annotated[str, Meta(
     pattern=r"^[0-9]+\.[0-9]+(\.[0-9]+)?([-+~.][0-9A-Za-z.+~-]*)?\Z")]
-ModuleVersion = Annotated[str, Meta(pattern=r"^v[0-9]+\.[0-9]+\.[0-9]+(-[0-9a-z.]+)?\Z")]
+ToolkitVersion = Annotated[str, Meta(
+    pattern=r"^(v[0-9]+\.[0-9]+\.[0-9]+(-[0-9a-z.]+)?|[0-9][0-9A-Za-z.+:~-]*)\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Fingerprint = Annotated[str, Meta(pattern=r"^([0-9A-Fa-f]{40}|[0-9A-Fa-f]{64})\Z")]
 Suite = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9.-]*\Z")]
 Url = Annotated[str, Meta(pattern=r"^https?://\S+\Z")]
 Mirror = Annotated[str, Meta(pattern=r"^(host|https?://\S+)\Z")]
@@ -96,6 +98,7 @@ class ToolkitSource(StrEnum):
     """Where the NVIDIA Container Toolkit comes from."""
 
     GO = "go"
+    APT = "apt"
     DEBS = "debs"
     NONE = "none"
 
@@ -105,6 +108,13 @@ class ToolkitMode(StrEnum):
 
     CDI = "cdi"
     HOOK = "hook"
+
+
+class Service(StrEnum):
+    """NVIDIA's daemons for data centres, which the guest can start."""
+
+    FABRICMANAGER = "fabricmanager"
+    DCGM = "dcgm"
 
 
 class ImageFormat(StrEnum):
@@ -212,18 +222,49 @@ class Driver(Section, frozen=True, kw_only=True):
     ] = (Capability.COMPUTE, Capability.UTILITY)
 
 
+class Repository(Section, frozen=True, kw_only=True):
+    """An apt repository beside the distribution's archive, in the words of sources.list(5)."""
+
+    uri: Annotated[Url, Meta(description=(
+        "address of the repository; `$(ARCH)` in it becomes Debian's name of the architecture"))]
+    suite: Annotated[str, Meta(pattern=r"^[A-Za-z0-9./][A-Za-z0-9./_~+-]*\Z", description=(
+        "name of the suite; one that ends in a slash is the directory of a flat repository"))
+    ] = "/"
+    components: Annotated[tuple[str, ...], Meta(description=(
+        "parts of the suite; a flat repository has none"))] = ()
+    signed_by: Annotated[str, Meta(description=(
+        "the public key that signs it, armored or binary: a path from the recipes' repository, or "
+        "a URL, which needs `fingerprint`"))]
+    fingerprint: Annotated[Fingerprint | None, Meta(description=(
+        "fingerprint of that key, 40 hexadecimal digits without blanks: no other is trusted"))
+    ] = None
+
+
+LIBNVIDIA_CONTAINER = Repository(
+    uri="https://nvidia.github.io/libnvidia-container/stable/deb/$(ARCH)",
+    signed_by="https://nvidia.github.io/libnvidia-container/gpgkey",
+    fingerprint="C95B321B61E88C1809C4F759DDCAE044F796ECB0")
+"""NVIDIA's public repository of the toolkit (its installation guide)."""
+
+
 class Toolkit(Section, frozen=True, kw_only=True):
     """The NVIDIA Container Toolkit."""
 
     source: Annotated[ToolkitSource, Meta(description=(
-        "`go`: compiled from its Go module; `debs`: packages given as files; `none`"))]
-    version: Annotated[ModuleVersion | None, Meta(description=(
-        "version of the Go module, for example `v1.17.8` (source: go)"))] = None
+        "`go`: compiled from its Go module; `apt`: packages of an apt repository; `debs`: "
+        "packages given as files; `none`"))]
+    version: Annotated[ToolkitVersion | None, Meta(description=(
+        "source: go: version of the module, for example `v1.17.8`; source: apt: version of the "
+        "packages, for example `1.17.8-1`, null: the newest, kept by the lock"))] = None
+    repository: Annotated[Repository, Meta(description=(
+        "where the packages are (source: apt); by default NVIDIA's public repository"))
+    ] = LIBNVIDIA_CONTAINER
     debs: Annotated[tuple[str, ...], Meta(description=(
         "packages, paths from the repository's root (source: debs)"))] = ()
     mode: Annotated[ToolkitMode, Meta(description=(
         "`cdi`: the guest writes a CDI specification; `hook`: the prestart hook of the older "
-        "guide, which needs nvidia-container-cli and so `source: debs`"))] = ToolkitMode.CDI
+        "guide, which needs nvidia-container-cli and so `source: apt` or `debs`"))
+    ] = ToolkitMode.CDI
 
 
 class Agent(Section, frozen=True, kw_only=True):
@@ -273,6 +314,11 @@ class Recipe(Section, frozen=True, kw_only=True):
     kernel: Kernel
     driver: Driver
     toolkit: Toolkit
+    services: Annotated[tuple[Service, ...], Meta(description=(
+        "daemons of `nvidia_repository` that the guest starts: `fabricmanager` for NVSwitches, "
+        "`dcgm` for monitoring"))] = ()
+    nvidia_repository: Annotated[Repository | None, Meta(description=(
+        "NVIDIA's repository for the guest's distribution, which has the `services`"))] = None
     agent: Annotated[Agent | None, Meta(description=(
         "without it the image boots, but Kata cannot use it"))] = None
     rootfs: Rootfs = Rootfs()

@@ -16,6 +16,7 @@ from katagpu.guestfiles import Entry, Kind, digest_files, lay, render, resolve
 
 VARIABLES: dict[str, object] = {
     "toolkit_mode": "cdi",
+    "services": [],
     "drm": False,
     "hook_binary": "/usr/bin/nvidia-container-runtime-hook",
     "driver_layout": "debian",
@@ -96,6 +97,44 @@ def test_gpu_units_are_ordered_before_the_agent() -> None:
             after = after if after in entries else f"/etc/systemd/system/{later}.service"
             assert f"{earlier}.service" in text(entries, after)
         assert f"{WANTS}/{earlier}.service" in entries
+
+
+SERVICES = {"fabricmanager": "nv-fabricmanager", "dcgm": "nv-hostengine"}
+
+
+@pytest.mark.parametrize("asked", [[], ["fabricmanager"], ["dcgm"], ["dcgm", "fabricmanager"]])
+def test_services_are_there_when_the_recipe_asks(asked: list[str]) -> None:
+    entries = rendered(services=asked)
+    refresh = text(entries, f"{UNITS}/nvidia-refresh.service")
+    for service, program in SERVICES.items():
+        unit = f"/etc/systemd/system/nvidia-{service}.service"
+        wanted = f"{WANTS}/nvidia-{service}.service"
+        assert (unit in entries) == (wanted in entries) == (service in asked)
+        assert (f"nvidia-{service}.service" in refresh) == (service in asked)
+        if service in asked:
+            assert f"ExecStart=/usr/bin/{program} " in text(entries, unit)
+            assert "After=nvidia-devices.service" in text(entries, unit)
+            assert entries[wanted].target == f"../nvidia-{service}.service"
+
+
+def test_the_fabric_manager_runs_before_containers_and_only_on_switches() -> None:
+    unit = text(rendered(services=["fabricmanager"]),
+                "/etc/systemd/system/nvidia-fabricmanager.service")
+    assert "Before=kata-agent.service" in unit
+    assert "ConditionPathExistsGlob=/proc/driver/nvidia-nvswitch/devices/*" in unit
+    refresh = text(rendered(services=["fabricmanager"]), f"{UNITS}/nvidia-refresh.service")
+    assert "systemctl start nvidia-fabricmanager.service" in refresh  # its end aborts CUDA jobs
+
+
+def test_the_toolkit_s_own_cdi_units_are_off(root: Path) -> None:
+    """Its packages put them into /etc and enable them."""
+    units = root / "etc/systemd/system"
+    units.mkdir(parents=True)
+    for name in ("nvidia-cdi-refresh.service", "nvidia-cdi-refresh.path"):
+        (units / name).write_text("[Service]\nExecStart=/usr/bin/nvidia-ctk cdi generate\n")
+    lay(render(VARIABLES), root)
+    for name in ("nvidia-cdi-refresh.service", "nvidia-cdi-refresh.path"):
+        assert (units / name).readlink() == Path("/dev/null")
 
 
 def test_programs_are_executable_and_nothing_else() -> None:
@@ -266,11 +305,11 @@ def test_modes_do_not_depend_on_the_umask(root: Path) -> None:
 class Guest:
     """A fake guest: nvidia-guest with a directory for "/" and a fake nvidia-ctk."""
 
-    def __init__(self, root: Path, mode: str) -> None:
+    def __init__(self, root: Path, mode: str, services: tuple[str, ...] = ()) -> None:
         self.root = root
         # The program sets PATH itself: the fake takes the toolkit's place by name.
         self.ctk = root / "nvidia-ctk"
-        program = text(rendered(toolkit_mode=mode), GUEST)
+        program = text(rendered(toolkit_mode=mode, services=services), GUEST)
         self.program = root / "nvidia-guest"
         self.program.write_text(program.replace("    nvidia-ctk ", f"    {self.ctk} "))
         for name in ("sys/bus/pci/devices", "sys/bus/pci/drivers/nvidia", "run/cdi", "dev"):
@@ -434,6 +473,33 @@ def test_devices_makes_the_nodes(guest: Guest) -> None:
     assert guest.run("changed") == 1
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="device nodes need root")
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("switches", [0, 2])
+def test_devices_makes_the_switches_nodes(tmp_path: Path, asked: bool, switches: int) -> None:
+    guest = Guest(tmp_path, "cdi", ("fabricmanager",) if asked else ())
+    proc = guest.root / "proc"
+    place = proc / "driver/nvidia-nvswitch/devices"
+    place.mkdir(parents=True)
+    for number in range(switches):
+        (place / f"0000:0{number}:00.0").mkdir()
+    rights = proc / "driver/nvidia-nvlink/capabilities"
+    rights.mkdir(parents=True)
+    (rights / "fabric-mgmt").write_text("DeviceFileMinor: 3\nDeviceFileMode: 256\n")
+    (proc / "devices").write_text("195 nvidia\n509 nvidia-nvswitch\n508 nvidia-nvlink\n"
+                                  "510 nvidia-uvm\n511 nvidia-caps\n")
+    if guest.run("devices") != 0:
+        pytest.skip("no right to make device nodes here")
+    made = {path.name: path.stat().st_rdev for path in (guest.root / "dev").rglob("nvidia-*")
+            if path.is_char_device() and not path.is_symlink()}
+    assert made["nvidia-cap3"] == os.makedev(511, 3)
+    found = {name: node for name, node in made.items() if "switch" in name or "nvlink" in name}
+    assert found == ({
+        "nvidia-nvswitchctl": os.makedev(509, 255), "nvidia-nvswitch0": os.makedev(509, 0),
+        "nvidia-nvswitch1": os.makedev(509, 1), "nvidia-nvlink": os.makedev(508, 0),
+    } if asked and switches else {})
+
+
 # --- the prestart hook ---------------------------------------------------------------------------
 
 
@@ -465,7 +531,7 @@ def test_hook_passes_arguments_and_state_without_an_environment(
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_programs_pass_shellcheck(tmp_path: Path) -> None:
     for mode in ("cdi", "hook", "none"):
-        entries = rendered(toolkit_mode=mode)
+        entries = rendered(toolkit_mode=mode, services=["fabricmanager", "dcgm"])
         for path in (GUEST, HOOK, "/usr/sbin/ip6tables-save"):
             if path in entries:
                 program = tmp_path / f"{mode}-{Path(path).name}"

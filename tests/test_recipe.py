@@ -92,6 +92,16 @@ CASES = [
      "toolkit's Go module does not contain", "source: debs"),
     ("mode: cdi", "mode: [cdi, hook]", "toolkit.mode: expected text, got a list",
      "drops guest hooks"),
+    ("  version: v1.17.8", '  version: "1.17.8-1"', "toolkit.version: '1.17.8-1' is not a version "
+     "of the Go module", "v1.17.8"),
+    ("mode: cdi", "repository: {uri: https://example.invalid/, signed_by: k}",
+     "toolkit.repository: belongs to `source: apt`", "remove"),
+    ("agent: null", "services: [fabricmanager]", "services[0]: 'fabricmanager' is in NVIDIA's own "
+     "repository, and this recipe names none", "nvidia_repository"),
+    ("agent: null", "services: [fabric]", "services[0]: 'fabric' is not valid",
+     "did you mean 'fabricmanager'?"),
+    ("agent: null", "nvidia_repository: {uri: https://example.invalid/, signed_by: k.asc}",
+     "nvidia_repository.signed_by: there is no file", "repository's root"),
     ("mode: cdi", "debs: [a.deb]", "toolkit.debs: belongs to `source: debs`", "remove"),
     ("[compute, utility]", "[compute, graphics]",
      "driver.capabilities[1]: 'graphics' needs DRM", "features: [drm]"),
@@ -159,6 +169,89 @@ def test_ext4_is_not_compressed(root: Path) -> None:
     said = refused(root)
     assert f":{line}: image.compression: ext4 cannot be compressed with zstd" in said
     assert "use `none`" in said
+
+
+APT = """toolkit:
+  source: apt
+  version: "1.17.8-1"
+  mode: hook
+  repository:
+    uri: https://example.invalid/deb/$(ARCH)
+    suite: stable
+    components: [main]
+    signed_by: https://example.invalid/key
+    fingerprint: C95B321B61E88C1809C4F759DDCAE044F796ECB0
+"""
+TOOLKIT = """toolkit:
+  source: go
+  version: v1.17.8
+  mode: cdi
+"""
+
+
+def test_a_toolkit_of_any_apt_repository(root: Path) -> None:
+    change(root, TOOLKIT, APT)
+    assert load("debian-trixie", root).toolkit.repository.suite == "stable"
+
+
+def test_nvidia_s_repository_is_the_default(root: Path) -> None:
+    change(root, TOOLKIT, "toolkit: {source: apt, mode: hook}\n")
+    toolkit = load("debian-trixie", root).toolkit
+    assert toolkit.repository.uri == (
+        "https://nvidia.github.io/libnvidia-container/stable/deb/$(ARCH)")
+    assert toolkit.version is None and toolkit.repository.fingerprint is not None
+
+
+@pytest.mark.parametrize(("old", "new", "what", "cure"), [
+    ('"1.17.8-1"', "v1.17.8", "toolkit.version: 'v1.17.8' is not the version of a package",
+     '"1.17.8-1"'),
+    ('"1.17.8-1"', "1.17", "toolkit.version: expected text or null, got a number", '"1.17"'),
+    ("    fingerprint: C95B321B61E88C1809C4F759DDCAE044F796ECB0\n", "",
+     "toolkit.repository.signed_by: a key from a URL needs `fingerprint`", "publishes"),
+    ("C95B321B61E88C1809C4F759DDCAE044F796ECB0", '"C95B 321B"',
+     "toolkit.repository.fingerprint: 'C95B 321B' is not valid", "without blanks"),
+    ("https://example.invalid/key", "keys/none.asc",
+     "toolkit.repository.signed_by: there is no file", "repository's root"),
+    ("    suite: stable\n", "",
+     "toolkit.repository.components: a flat repository has none", "remove"),
+    ("    components: [main]\n", "", "toolkit.repository: the suite 'stable' needs `components`",
+     "slash"),
+    ("    uri: https", "    uri: ftp", "toolkit.repository.uri: 'ftp", "address"),
+    ("    suite: stable", '    suite: "stable main"', "toolkit.repository.suite: 'stable main'",
+     "flat"),
+    ("    uri:", "    url:", "toolkit.repository.url: there is no such field",
+     "did you mean 'uri'?"),
+    ("source: apt", "source: none", "toolkit.version: belongs to", "remove"),
+])
+def test_bad_fields_of_a_repository(
+    root: Path, old: str, new: str, what: str, cure: str,
+) -> None:
+    change(root, TOOLKIT, APT)
+    change(root, old, new)
+    said = refused(root)
+    assert what in said and cure in said
+
+
+NVIDIA = """nvidia_repository:
+  uri: https://example.invalid/ubuntu2404/x86_64
+  signed_by: https://example.invalid/key
+  fingerprint: EB693B3035CD5710E231E123A4B469963BF863CC
+"""
+
+
+def test_services_with_nvidia_s_repository(root: Path) -> None:
+    change(root, "agent: null", f"services: [dcgm, fabricmanager]\n{NVIDIA}")
+    assert load("debian-trixie", root).services == ("dcgm", "fabricmanager")
+
+
+def test_services_that_make_no_sense(root: Path) -> None:
+    change(root, "agent: null", NVIDIA)
+    assert "nvidia_repository: no service is taken from it" in refused(root)
+    change(root, NVIDIA, f"services: [dcgm, dcgm]\n{NVIDIA}")
+    assert "services[1]: 'dcgm' is there twice" in refused(root)
+    change(root, "[dcgm, dcgm]", "[dcgm]")
+    change(root, 'source: debian\n  version: "550.163.01"', "source: none")
+    assert "services[0]: 'dcgm' needs the driver, and there is none" in refused(root)
 
 
 def test_kernel_org_needs_a_version(root: Path) -> None:

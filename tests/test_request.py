@@ -16,6 +16,9 @@ from katagpu.recipe import (
     KernelModule,
     KernelSource,
     Recipe,
+    Repository,
+    Service,
+    ToolkitMode,
     ToolkitSource,
 )
 
@@ -119,6 +122,93 @@ def test_toolkit_packages_given_as_files(default: Recipe, tmp_path: Path) -> Non
     assert request.identity(debs, elsewhere) == before
     (elsewhere / "one.deb").write_text("two")
     assert request.identity(debs, elsewhere) != before
+
+
+# repositories beside the distribution's
+
+
+KEY = "C95B321B61E88C1809C4F759DDCAE044F796ECB0"
+OTHER = Repository(uri="http://mine/$(ARCH)/deb", suite="stable", components=("main",),
+                   signed_by="keys/mine.asc", fingerprint=KEY)
+
+
+def apt(old: Recipe, **fields: Any) -> Recipe:
+    """A recipe with the toolkit from apt."""
+    return change(old, "toolkit", **{"source": ToolkitSource.APT, "version": "1.17.8-1", **fields})
+
+
+def test_a_toolkit_from_apt(default: Recipe, repository: Path) -> None:
+    groups = request.groups(apt(default), repository)
+    toolkit = groups["toolkit"]
+    assert (toolkit.packages, toolkit.on) == (("nvidia-container-toolkit",), "base")
+    (pin,) = toolkit.pins
+    assert pin.version == "1.17.8-1" and pin.leader == "nvidia-container-toolkit"
+    for name in ("nvidia-container-toolkit", "nvidia-container-toolkit-base",
+                 "libnvidia-container1", "libnvidia-container-tools"):
+        assert pin.has(name)
+    assert not pin.has("libc6") and not pin.has("libcuda1")
+    assert groups["driver_user"].on == "toolkit"
+    hook = request.groups(apt(default, mode=ToolkitMode.HOOK), repository)["toolkit"]
+    assert "libnvidia-container-tools" in hook.packages  # nvidia-container-cli
+
+
+def test_where_the_toolkit_comes_from(default: Recipe, repository: Path) -> None:
+    assert request.repositories(default, repository) == {}
+    found = request.request(apt(default), repository).repositories
+    assert list(found) == ["toolkit"]
+    archive = found["toolkit"].archive
+    assert archive.uri == "https://nvidia.github.io/libnvidia-container/stable/deb/amd64"
+    assert (archive.suites, archive.components) == (("/",), ())
+    assert archive.keyring == "https://nvidia.github.io/libnvidia-container/gpgkey"
+    mine = request.repositories(apt(default, repository=OTHER), repository)["toolkit"]
+    assert mine.archive.uri == "http://mine/amd64/deb"
+    assert mine.archive.keyring == str(repository / "keys/mine.asc")
+    assert mine.fingerprint == KEY
+
+
+def serving(old: Recipe, version: str, *services: Service) -> Recipe:
+    """A recipe with services, and a version of the driver."""
+    return replace(change(old, "driver", version=version), services=services,
+                   nvidia_repository=OTHER)
+
+
+@pytest.mark.parametrize(("version", "suffix"), [
+    ("550.163.01", "-550"), ("575.57.08", "-575"), ("580.65.06", ""), ("590.44.01", "")])
+def test_the_fabric_manager_has_the_driver_s_version(
+    default: Recipe, repository: Path, version: str, suffix: str,
+) -> None:
+    wanted = serving(default, version, Service.FABRICMANAGER)
+    services = request.groups(wanted, repository)["services"]
+    assert services.packages == (f"nvidia-fabricmanager{suffix}",)
+    assert (services.on, services.repository) == ("driver_user", "nvidia")
+    assert services.pins[0].version == f"{version}-*"
+    assert list(request.repositories(wanted, repository)) == ["nvidia"]
+
+
+def test_dcgm_has_its_own_version_and_reads_switches(default: Recipe, repository: Path) -> None:
+    both = serving(default, "550.163.01", Service.DCGM, Service.FABRICMANAGER)
+    services = request.groups(both, repository)["services"]
+    assert services.packages == ("nvidia-fabricmanager-550", "libnvidia-nscq-550",
+                                 "datacenter-gpu-manager-4-core")
+    assert services.pins[0].has("libnvidia-nscq-550")
+    assert services.pins[1].version is None
+    alone = request.groups(serving(default, "550.163.01", Service.DCGM), repository)["services"]
+    assert alone.packages == ("datacenter-gpu-manager-4-core",)
+
+
+@pytest.mark.parametrize("more", [
+    {"version": "1.17.9-1"}, {"version": None}, {"mode": ToolkitMode.HOOK}, {"repository": OTHER},
+])
+def test_what_is_asked_of_a_repository_is_in_the_identity(
+    default: Recipe, repository: Path, more: dict[str, Any],
+) -> None:
+    assert request.identity(apt(default, **more), repository) != request.identity(
+        apt(default), repository)
+
+
+def test_a_repository_that_nothing_is_taken_from_is_not(default: Recipe, repository: Path) -> None:
+    assert request.identity(change(default, "toolkit", repository=OTHER), repository) == \
+        request.identity(default, repository)
 
 
 @pytest.mark.parametrize("more", [

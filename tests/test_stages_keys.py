@@ -25,6 +25,9 @@ from katagpu.recipe import (
     ImageFormat,
     KernelModule,
     Recipe,
+    Repository,
+    Service,
+    ToolkitMode,
     ToolkitSource,
 )
 from katagpu.stages.api import Stage
@@ -102,6 +105,43 @@ def test_what_a_recipe_s_change_runs_again(
     lock = locked(default, root)
     before = digests(guest.stages(default, lock, root))
     assert changed(before, digests(guest.stages(change(default), lock, root))) == again
+
+
+def with_inputs(stages: dict[str, Stage]) -> dict[str, str]:
+    """Each stage's digest when every change of an input changes the output too."""
+    found: dict[str, str] = {}
+    for name, stage in stages.items():  # inputs come first
+        found[name] = keys.digest(stage.key({
+            role: f"{found[ref.stage]}/{ref.output}" for role, ref in stage.inputs.items()}))
+    return found
+
+
+@pytest.mark.parametrize("mode", list(ToolkitMode))
+def test_a_new_toolkit_from_apt_remakes_what_stands_on_it(
+    default: Recipe, root: Path, mode: ToolkitMode,
+) -> None:
+    chosen = section("toolkit", source=ToolkitSource.APT, version="1.17.8-1", mode=mode)(default)
+    before = guest.stages(chosen, locked(chosen, root), root)
+    assert "toolkit_source" not in before
+    after = guest.stages(chosen, locked(chosen, root, toolkit="2"), root)
+    assert changed(digests(before), digests(after)) == {"toolkit", "manifest"}
+    assert changed(with_inputs(before), with_inputs(after)) == {
+        "toolkit", "driver_user", "rootfs", "image", "initrd", "manifest"}
+
+
+def test_services_are_a_layer_on_the_driver(default: Recipe, root: Path) -> None:
+    chosen = replace(default, services=(Service.FABRICMANAGER,),
+                     nvidia_repository=Repository(uri="http://x/", signed_by="k"))
+    without = guest.stages(default, locked(default, root), root)
+    stages = guest.stages(chosen, locked(chosen, root), root)
+    below = [ref.stage for role, ref in stages["services"].inputs.items() if role != "stage0"]
+    assert below == ["base", "toolkit", "driver_user"]
+    assert changed(with_inputs(without), with_inputs(stages)) == {
+        "services", "rootfs", "image", "initrd", "manifest"}
+    layers = stages["image"].options["layers"]
+    assert layers.index("services") == layers.index("driver_user") + 1
+    after = guest.stages(chosen, locked(chosen, root, services="2"), root)
+    assert changed(digests(stages), digests(after)) == {"services", "manifest"}
 
 
 @pytest.mark.parametrize(("group", "again"), [

@@ -1,4 +1,5 @@
-"""A signed apt archive of packages that are only read about, served on the loopback.
+"""A signed apt archive, served on the loopback: of packages that are only read about, or of real
+ones made here.
 
 Needs gpg of the host (`NEEDED`, with what reads the archive).
 """
@@ -31,12 +32,17 @@ def missing() -> list[str]:
 
 @dataclass
 class ToyArchive:
-    """A signed archive in a directory, served by HTTP."""
+    """A signed archive in a directory, served by HTTP.
+
+    A flat one has its index beside the packages, and only SHA-512 in its Release file and no date
+    until which that holds, as NVIDIA's have it.
+    """
 
     root: Path
     home: Path
     base: str = ""
     suite: str = "toy"
+    flat: bool = False
     packages: dict[str, dict[str, str]] = field(default_factory=dict)
     published: int = 0
 
@@ -55,10 +61,63 @@ class ToyArchive:
             **{key.replace("_", "-"): value for key, value in fields.items()}}
         return file
 
+    def add_deb(self, name: str, version: str, programs: Mapping[str, bytes], **fields: str,
+                ) -> Path:
+        """A real package, with executables by their paths in the guest; its file."""
+        with tempfile.TemporaryDirectory() as place:
+            tree = Path(place) / "tree"
+            for path, content in programs.items():
+                target = tree / path.lstrip("/")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+                target.chmod(0o755)
+            control = {"Package": name, "Version": version, "Architecture": "amd64",
+                       "Maintainer": "t <t@t>", "Description": name,
+                       **{key.replace("_", "-"): value for key, value in fields.items()}}
+            (tree / "DEBIAN").mkdir(parents=True)
+            (tree / "DEBIAN/control").write_text(
+                "".join(f"{key}: {value}\n" for key, value in control.items()))
+            tree.chmod(0o755)
+            deb = self.root / f"{name}_{version.replace(':', '_')}_amd64.deb"
+            subprocess.run(["dpkg-deb", "--root-owner-group", "--build", tree, deb], check=True,
+                           stdout=subprocess.DEVNULL)
+        content = deb.read_bytes()
+        self.packages[deb.name] = {
+            **control, "Filename": f"./{deb.name}", "Size": str(len(content)),
+            "SHA256": hashlib.sha256(content).hexdigest(),
+            "SHA512": hashlib.sha512(content).hexdigest()}
+        return deb
+
     def publish(self, key: str = "test", valid: timedelta = timedelta(days=1)) -> None:
         """Write the indexes, and sign them with a key."""
-        text = "\n".join("".join(f"{key}: {value}\n" for key, value in package.items())
+        if self.flat:
+            self._publish_flat(key)
+        else:
+            self._publish_suite(key, valid)
+
+    def _publish_flat(self, key: str) -> None:
+        text = self._index()
+        (self.root / "Packages").write_bytes(text)
+        (self.root / "Release").write_text(
+            "Origin: toy\nArchitectures: amd64\nComponents: main\n"
+            "Date: Fri, 27 Apr 2018 21:29:25 +0000\n"
+            f"SHA512:\n {hashlib.sha512(text).hexdigest()} {len(text)} Packages\n")
+        self._sign(self.root, key)
+
+    def _index(self) -> bytes:
+        return "\n".join("".join(f"{key}: {value}\n" for key, value in package.items())
                          for package in self.packages.values()).encode()
+
+    def _sign(self, directory: Path, key: str) -> None:
+        (directory / "InRelease").unlink(missing_ok=True)
+        self.gpg("--local-user", key, "--output", directory / "InRelease", "--clearsign",
+                 directory / "Release")
+        self.published += 1  # HTTP's times are whole seconds, and tests are quicker
+        now = datetime.now(UTC).timestamp()
+        os.utime(directory / "InRelease", (now, now + self.published))
+
+    def _publish_suite(self, key: str, valid: timedelta) -> None:
+        text = self._index()
         suite = self.root / "dists" / self.suite
         index = suite / "main/binary-amd64/Packages"
         index.parent.mkdir(parents=True, exist_ok=True)
@@ -71,16 +130,18 @@ class ToyArchive:
             f"Date: {now - timedelta(days=2):{form}}\nValid-Until: {now + valid:{form}}\n"
             f"SHA256:\n {hashlib.sha256(text).hexdigest()} {len(text)} "
             "main/binary-amd64/Packages\n")
-        (suite / "InRelease").unlink(missing_ok=True)
-        self.gpg("--local-user", key, "--output", suite / "InRelease", "--clearsign",
-                 suite / "Release")
-        self.published += 1  # HTTP's times are whole seconds, and tests are quicker
-        os.utime(suite / "InRelease", (now.timestamp(), now.timestamp() + self.published))
+        self._sign(suite, key)
 
-    def gpg(self, *words: str | Path) -> None:
-        """Run gpg with the toy's keys."""
-        subprocess.run(["gpg", "--batch", "--quiet", "--homedir", self.home, "--pinentry-mode",
-                        "loopback", "--passphrase", "", *words], check=True, capture_output=True)
+    def gpg(self, *words: str | Path) -> str:
+        """Run gpg with the toy's keys; what it says."""
+        return subprocess.run(["gpg", "--batch", "--quiet", "--homedir", self.home,
+                               "--pinentry-mode", "loopback", "--passphrase", "", *words],
+                              check=True, capture_output=True, text=True).stdout
+
+    def fingerprint(self, key: str = "test") -> str:
+        """The fingerprint of a key, as gpg has it."""
+        said = self.gpg("--with-colons", "--list-keys", key)
+        return next(line.split(":")[9] for line in said.splitlines() if line.startswith("fpr"))
 
     def request(self, groups: Mapping[str, Group], **more: str) -> Request:
         """A request to this archive."""

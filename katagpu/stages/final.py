@@ -50,7 +50,8 @@ def manifest(recipe: Recipe, lock: Lock) -> Stage:
     """What is inside: versions, digests and sizes."""
     driver, kernel = recipe.driver, recipe.kernel
     packages = {deb.package: deb.version
-                for group in ("base", "toolkit", "driver_user") for deb in lock.group(group)}
+                for group in ("base", "toolkit", "driver_user", "services")
+                for deb in lock.group(group)}
     facts: dict[str, Any] = {
         "recipe": recipe.name, "architecture": str(recipe.arch),
         "distribution": f"{recipe.distribution.id} {recipe.distribution.suite}",
@@ -59,7 +60,8 @@ def manifest(recipe: Recipe, lock: Lock) -> Stage:
             "source": str(driver.source), "version": driver.version,
             "kernel_module": str(driver.kernel_module),
             "capabilities": [str(name) for name in driver.capabilities]},
-        "toolkit": {"source": str(recipe.toolkit.source), "version": recipe.toolkit.version,
+        "toolkit": {"source": str(recipe.toolkit.source), "version": lock.version(
+                        "toolkit", "nvidia-container-toolkit") or recipe.toolkit.version,
                     "mode": toolkit_mode(recipe)},
         "image": {"format": str(recipe.image.format),
                   "compression": str(recipe.image.compression),

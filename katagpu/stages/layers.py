@@ -18,6 +18,8 @@ def chain(recipe: Recipe) -> dict[str, Ref]:
         layers["toolkit"] = Ref(stage="toolkit", output="layer")
     if recipe.driver.source is not DriverSource.NONE:
         layers["driver_user"] = Ref(stage="driver_user", output="layer")
+    if recipe.services:
+        layers["services"] = Ref(stage="services", output="layer")
     layers["kernel_modules"] = Ref(stage="kernel", output="modules")
     if recipe.driver.source is not DriverSource.NONE:
         layers["driver_modules"] = driver_modules(recipe)

@@ -48,6 +48,7 @@ def rootfs(recipe: Recipe, root: Path) -> Stage:
                  make=make_rootfs, outputs={"layer": Kind.TREE, "report": Kind.FILE},
                  options={**facts, "driver_layout": DRIVER_LAYOUTS[driver.source],
                           "layers": list(chain(recipe)), "toolkit": toolkit_mode(recipe),
+                          "services": [str(name) for name in recipe.services],
                           "drm": "drm" in recipe.kernel.features,
                           "format": str(recipe.image.format),
                           "compressor": compressor(recipe)},
@@ -68,6 +69,7 @@ def make_rootfs(build: Build) -> None:
     plain = [Root(lower=stack(build), upper=upper, special=False)]
     build.inside(assembly.lay, plain, variables={
         "toolkit_mode": build.options["toolkit"], "drm": build.options["drm"],
+        "services": build.options["services"],
         "hook_binary": "/usr/bin/nvidia-container-runtime-hook",
         "driver_layout": build.options["driver_layout"], "multiarch": "x86_64-linux-gnu",
         "driver_version": (build.options["driver"] or {}).get("version", "")})

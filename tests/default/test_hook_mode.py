@@ -1,46 +1,92 @@
-"""`toolkit: {source: debs, mode: hook}`: packages given as files, and the guide's prestart hook.
+"""`toolkit: {mode: hook}` from packages, and the guide's prestart hook.
 
 The packages are made here: the programs of the Go module, which are real, and an
-`nvidia-container-cli` that records its call, since that one is not in the module.
+`nvidia-container-cli` that records its call, since that one is not in the module. Once they are
+given as files, once they are in a signed apt repository on the loopback, of NVIDIA's form.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
-from katagpu import guest
+from katagpu import guest, lock, request
 from katagpu.context import Context
+from katagpu.lock import Group, Lock
 from katagpu.plan import Plan
 from katagpu.sandbox import Bind, Root
-from katagpu.schema import ToolkitMode, ToolkitSource
+from katagpu.schema import Recipe, Repository, ToolkitMode, ToolkitSource
 from katagpu.stages.api import Build
+from tests.toyarchive import ToyArchive, missing, served, signing_keys
 
 HOOK = "/usr/share/oci/hooks/prestart/nvidia-container-toolkit.sh"
-CLI = '#!/bin/sh\necho "$@" > /katagpu/record/call\n'
+CLI = b'#!/bin/sh\necho "$@" > /katagpu/record/call\n'
+VERSION = "1.17.8-1"
 
 
-def make_deb(build: Build, directory: Path) -> Path:
-    """A package with the toolkit's programs and the recording client."""
-    tree = directory / "deb"
-    (tree / "DEBIAN").mkdir(parents=True)
-    (tree / "DEBIAN/control").write_text(
-        "Package: toy-container-toolkit\nVersion: 1.0-1\nArchitecture: amd64\n"
-        "Maintainer: nobody <nobody@localhost>\nDescription: programs for a test\n")
-    (tree / "usr").mkdir()
-    shutil.copytree(build.tree("toolkit") / "usr/bin", tree / "usr/bin")
-    client = tree / "usr/bin/nvidia-container-cli"
-    client.write_text(CLI)
-    client.chmod(0o755)
-    deb = directory / "toy-container-toolkit.deb"
-    subprocess.run(["dpkg-deb", "--root-owner-group", "--build", str(tree), str(deb)], check=True,
-                   stdout=subprocess.DEVNULL)
-    return deb
+def packages(build: Build, archive: ToyArchive) -> list[Path]:
+    """NVIDIA's packages, with the Go module's programs and the recording client."""
+    programs = {path.name: path.read_bytes()
+                for path in (build.tree("toolkit") / "usr/bin").iterdir()}
+    hook = programs.pop("nvidia-container-runtime-hook")
+    return [
+        archive.add_deb("libnvidia-container-tools", VERSION,
+                        {"/usr/bin/nvidia-container-cli": CLI}),
+        archive.add_deb("nvidia-container-toolkit-base", VERSION,
+                        {f"/usr/bin/{name}": program for name, program in programs.items()}),
+        archive.add_deb("nvidia-container-toolkit", VERSION,
+                        {"/usr/bin/nvidia-container-runtime-hook": hook},
+                        Depends=f"nvidia-container-toolkit-base (= {VERSION}), "
+                                f"libnvidia-container-tools (>= {VERSION})")]
+
+
+def hooked(recipe: Recipe, source: ToolkitSource, **fields: object) -> Recipe:
+    """The recipe with another toolkit, in mode hook."""
+    changes = {"source": source, "version": None, "mode": ToolkitMode.HOOK, **fields}
+    return replace(recipe, toolkit=replace(recipe.toolkit, **changes))
+
+
+def given(recipe: Recipe, debs: list[Path]) -> tuple[Recipe, tuple[lock.Deb, ...]]:
+    """The packages as files; they need nothing, so their group of dependencies is empty."""
+    return hooked(recipe, ToolkitSource.DEBS, debs=tuple(map(str, debs))), ()
+
+
+def from_apt(recipe: Recipe, archive: ToyArchive, directory: Path,
+             ) -> tuple[Recipe, tuple[lock.Deb, ...]]:
+    """The packages from the repository, as the recipe's own request resolves them."""
+    key = directory / "key.asc"
+    key.write_text(archive.gpg("--armor", "--export", "test"))
+    recipe = hooked(recipe, ToolkitSource.APT, version=VERSION, repository=Repository(
+        uri=archive.base, signed_by=str(key), fingerprint=archive.fingerprint()))
+    wanted = request.request(recipe, directory)
+    only = replace(wanted, archives=(), groups={"base": Group(),
+                                                "toolkit": wanted.groups["toolkit"]})
+    found = lock.resolve(only, directory / "apt").group("toolkit")
+    assert {deb.package for deb in found} == {
+        "nvidia-container-toolkit", "nvidia-container-toolkit-base", "libnvidia-container-tools"}
+    return recipe, found
+
+
+@contextlib.contextmanager
+def toolkit(source: ToolkitSource, context: Context, build: Build, directory: Path,
+            ) -> Iterator[tuple[Recipe, Lock]]:
+    """A recipe with the toolkit from there, and its lock, as long as the repository is served."""
+    known = context.locked()
+    assert known is not None
+    with signing_keys() as home:
+        (directory / "archive").mkdir()
+        archive = ToyArchive(directory / "archive", home, flat=True)
+        debs = packages(build, archive)
+        archive.publish()
+        with served(archive):
+            recipe, found = (given(context.recipe, debs) if source is ToolkitSource.DEBS
+                             else from_apt(context.recipe, archive, directory))
+            yield recipe, replace(known, groups={**known.groups, "toolkit": found})
 
 
 def bundle(directory: Path) -> None:
@@ -54,25 +100,21 @@ def bundle(directory: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=f"needs {missing()} of the host")
+@pytest.mark.parametrize("source", [ToolkitSource.DEBS, ToolkitSource.APT])
 def test_hook_calls_the_client_with_katas_empty_environment(
-        context: Context, guest_build: Build, tmp_path: Path) -> None:
-    deb = make_deb(guest_build, tmp_path)
-    recipe = replace(context.recipe, toolkit=replace(
-        context.recipe.toolkit, source=ToolkitSource.DEBS, version=None, debs=(str(deb),),
-        mode=ToolkitMode.HOOK))
-    known = context.locked()
-    assert known is not None
-    # The package depends on nothing, so its group of locked dependencies is empty.
-    plan = Plan(guest.stages(recipe, replace(known, groups={**known.groups, "toolkit": ()}),
-                             context.root), context.store, tmp_path / "logs")
-    plan.ensure("rootfs")
+        context: Context, guest_build: Build, tmp_path: Path, source: ToolkitSource) -> None:
+    with toolkit(source, context, guest_build, tmp_path) as (recipe, locked):
+        plan = Plan(guest.stages(recipe, locked, context.root), context.store, tmp_path / "logs")
+        plan.ensure("rootfs")
     stage = plan.stages["image"]
     inputs = {}
     for role, ref in stage.inputs.items():
         action = plan.action(ref.stage)
         assert action is not None
         inputs[role] = action.outputs[ref.output]
-    build = Build(stage, context.store, inputs, guest_build.scratch / "hook", tmp_path / "log")
+    build = Build(stage, context.store, inputs, guest_build.scratch / f"hook-{source}",
+                  tmp_path / "log")
     build.scratch.mkdir()
     root = Root(lower=tuple(build.tree(name) for name in reversed(build.options["layers"])),
                 upper=build.directory("guest"))
