@@ -258,7 +258,7 @@ class Vgpu(Section, frozen=True, kw_only=True):
         "passed through; `2` RTX Virtual Workstation; `4` Virtual Compute Server"))
     ] = FeatureType.VGPU
     server_address: Annotated[ServerAddress | None, Meta(description=(
-        "the legacy licence server of vGPU software before 15; null: the client configuration "
+        "a legacy licence server, for older vGPU software; null: the client configuration "
         "token says which server it is"))] = None
     server_port: Annotated[Port, Meta(description="its port (`server_address`)")] = 7070
     backup_server_address: Annotated[ServerAddress | None, Meta(description=(

@@ -26,6 +26,7 @@ from katagpu.recipe import (
     KernelModule,
     Recipe,
     ToolkitSource,
+    Vgpu,
 )
 from katagpu.stages.api import Stage
 from katagpu.store import Store
@@ -91,17 +92,25 @@ def root() -> Path:
     (section("image", format=ImageFormat.EXT4, compression=Compression.NONE),
      {"image", "rootfs", "kata_config", "manifest"}),
     (section("rootfs", packages=("curl",)), set()),  # it reaches base through the lock
+    (lambda old: replace(old, vgpu=Vgpu()), {"rootfs", "manifest"}),
     (section("toolkit", source=ToolkitSource.NONE),
      {"toolkit_source", "toolkit", "driver_user", "rootfs", "image", "initrd", "kata_config",
       "manifest"}),
 ], ids=["name", "mirror", "flavour", "driver version", "capabilities", "headers", "features",
-        "toolkit version", "compression", "level", "dax", "ext4", "packages", "no toolkit"])
+        "toolkit version", "compression", "level", "dax", "ext4", "packages", "vgpu", "no toolkit"])
 def test_what_a_recipe_s_change_runs_again(
     default: Recipe, root: Path, change: Change, again: set[str],
 ) -> None:
     lock = locked(default, root)
     before = digests(guest.stages(default, lock, root))
     assert changed(before, digests(guest.stages(change(default), lock, root))) == again
+
+
+def test_a_client_token_runs_nothing_again(default: Recipe, root: Path) -> None:
+    lock = locked(default, root)
+    without, with_token = (digests(guest.stages(replace(default, vgpu=section), lock, root))
+                           for section in (Vgpu(), Vgpu(embed_token=True, token_file="/a.tok")))
+    assert changed(without, with_token) == set()
 
 
 @pytest.mark.parametrize(("group", "again"), [
