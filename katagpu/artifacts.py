@@ -181,6 +181,7 @@ class Outcome:
         wanted = self._wanted(artifacts) or {}
         shown = os.path.relpath(self.directory)
         log.say(f"in {shown}/")
-        for name, (artifact, output) in wanted.items():
+        for name, (artifact, _output) in wanted.items():
             link = f"  ({artifact.link})" if artifact.link else ""
-            log.say(f"  {log.size(output.size):>9}  {name}{link}")
+            size = (self.directory / name).stat().st_size
+            log.say(f"  {log.size(size):>9}  {name}{link}")

@@ -31,7 +31,7 @@ def check(root: Path, facts: dict[str, Any]) -> list[Finding]:
     known = GuestFacts(
         kernel_release=facts["kernel_release"], symvers=Path(facts["symvers"]),
         kernel_config=Path(facts["kernel_config"]), kernel_build_id=facts["kernel_build_id"],
-        toolkit=Toolkit(facts["toolkit"]), agent=facts["agent"],
+        toolkit=Toolkit(facts["toolkit"]), agent=facts["agent"], vgpu=facts["vgpu"],
         root_format=RootFormat(facts["root_format"]), compressor=facts["compressor"],
         driver=None if driver is None else Driver(
             version=driver["version"], flavour=Flavour(driver["flavour"]),

@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from katagpu import artifacts, guest, keys, lock, log, receipt, recipe, request
-from katagpu.artifacts import Outcome
+from katagpu import artifacts, embed, guest, keys, lock, log, receipt, recipe, request
+from katagpu.artifacts import Artifact, Outcome
 from katagpu.errors import CorruptBlob, UserError
 from katagpu.plan import Plan
 from katagpu.schema import Recipe, ToolkitSource
@@ -87,7 +87,7 @@ class Context:
         log.note(f"lock: {os.path.relpath(self.lock_path)}; ./doitw lock resolves anew")
 
     def _forget(self) -> None:
-        for name in ("_locked", "plan", "outcome"):
+        for name in ("_locked", "plan", "outcome", "embedding"):
             self.__dict__.pop(name, None)
 
     @functools.cached_property
@@ -117,6 +117,29 @@ class Context:
         """The results' directory."""
         return Outcome(self.directory, self.plan)
 
+    @functools.cached_property
+    def embedding(self) -> embed.Embedding | None:
+        """What puts the recipe's client token into images; None where none is embedded."""
+        vgpu = self.recipe.vgpu
+        if vgpu is None or not vgpu.embed_token or vgpu.token_file is None:
+            return None
+        named = self.root / vgpu.token_file
+        token = named.resolve()  # what a link leads to is marked too
+        self._marks.update(receipt.look([named, token]))
+        return embed.Embedding(self.directory, self.plan, token)
+
+    def _artifacts(self, task: str) -> tuple[list[Artifact], list[Artifact]]:
+        """A task's artifacts: those that the store has as they shall be, and the others."""
+        wanted = artifacts.of(self.recipe, task)
+        other = [item for item in wanted if self.embedding is not None and embed.takes(item)]
+        return [item for item in wanted if item not in other], other
+
+    def complete(self, task: str) -> bool:
+        """Are all of a task's artifacts there, as they were left? Reads no content."""
+        plain, other = self._artifacts(task)
+        return self.outcome.complete(plain) and (
+            self.embedding is None or self.embedding.complete(other))
+
     def made(self, stage: str) -> bool:
         """Is the stage in the store?"""
         return self.plan.action(stage) is not None
@@ -129,18 +152,21 @@ class Context:
 
     def restore(self, task: str) -> None:
         """Restore a task's artifacts; damaged blobs are made again. A read-only store will do."""
-        wanted = artifacts.of(self.recipe, task)
+        plain, other = self._artifacts(task)
         writable = os.access(self.store.root / "locks", os.W_OK)
         with self.store.lease() if writable else contextlib.nullcontext():
-            for left in reversed(range(len(wanted) + 1)):
+            for left in reversed(range(len(plain) + len(other) + 1)):
                 try:
-                    return self.outcome.restore(wanted)
+                    self.outcome.restore(plain)
+                    if self.embedding is not None:
+                        self.embedding.write(other)
+                    return
                 except CorruptBlob as damaged:
                     if left == 0:
                         raise
                     log.warn(f"{damaged}; it is made again")
                     self.plan.forget()
-                    for artifact in wanted:
+                    for artifact in (*plain, *other):
                         self.plan.ensure(artifact.stage)
 
     def finish(self, task: str, stages: Sequence[str]) -> None:
@@ -195,5 +221,8 @@ class Context:
         if self.recipe.agent is None:
             log.warn("no kata-agent in this image: it boots, but Kata cannot use it until the "
                      "recipe's `agent:` names one (README, third step)")
+        if self.embedding is not None:
+            log.warn("the client token is in this image: whoever can read it can take licences; "
+                     "only you may read it here, and it must not be published")
         if self.recipe.toolkit.source is ToolkitSource.NONE:
             log.warn("toolkit: none: containers do not get the GPU by CDI in this guest")

@@ -40,13 +40,14 @@ from katagpu.schema import (
     Toolkit,
     ToolkitMode,
     ToolkitSource,
+    Vgpu,
 )
 
 __all__ = [
     "Agent", "Arch", "Capability", "Compression", "Distribution", "DistributionId", "Driver",
     "DriverSource", "Headers", "Image", "ImageFormat", "Kernel", "KernelModule", "KernelSource",
     "ModulesBy", "Recipe", "Repository", "Rootfs", "Service", "Toolkit", "ToolkitMode",
-    "ToolkitSource", "features", "known", "load", "problems",
+    "ToolkitSource", "Vgpu", "features", "known", "load", "problems",
 ]
 
 Problem = tuple[tuple[str | int, ...], str, str | None]
@@ -145,6 +146,7 @@ def problems(recipe: Recipe, name: str, root: Path) -> Iterator[Problem]:
     yield from _services(recipe, root)
     yield from _agent(recipe)
     yield from _image(recipe)
+    yield from _vgpu(recipe, root)
 
 
 def _kernel(recipe: Recipe, root: Path) -> Iterator[Problem]:
@@ -308,3 +310,36 @@ def _image(recipe: Recipe) -> Iterator[Problem]:
                f"levels: {what}")
     if image.dax_header and image.format is ImageFormat.INITRD:
         yield ("image", "dax_header"), "an initrd has no DAX header", "use a disk image"
+
+
+def _vgpu(recipe: Recipe, root: Path) -> Iterator[Problem]:
+    vgpu = recipe.vgpu
+    if vgpu is None:
+        return
+    if recipe.driver.source != "runfile":
+        yield (("vgpu",), f"a vGPU guest needs NVIDIA's GRID guest driver, and `driver: {{source: "
+               f"{recipe.driver.source}}}` has none", "`driver: {source: runfile, …}` with a "
+               "package whose name ends in -grid.run (docs/vgpu.md)")
+    if vgpu.server_address is None:
+        for field in ("backup_server_address", "license_interval"):
+            if getattr(vgpu, field) is not None:
+                yield (("vgpu", field), "belongs to `server_address`",
+                       "remove it: with a token, the licence server's own settings count")
+    elif vgpu.embed_token:
+        yield (("vgpu", "embed_token"), "a token and `server_address` are two licence servers",
+               "remove one of them; the legacy server knows no token")
+    yield from _token(vgpu, root)
+
+
+def _token(vgpu: Vgpu, root: Path) -> Iterator[Problem]:
+    if vgpu.embed_token and vgpu.token_file is None:
+        yield (("vgpu", "embed_token"), "needs `token_file`",
+               "the client_configuration_token_….tok that the licence server gave you")
+    if vgpu.token_file is None:
+        return
+    if not vgpu.embed_token:
+        yield (("vgpu", "token_file"), "would not be used: `embed_token` is false",
+               "docs/vgpu.md shows how a token is handed to the guest when it starts")
+    elif not (root / vgpu.token_file).is_file():
+        yield (("vgpu", "token_file"), f"there is no file {root / vgpu.token_file}",
+               "a relative path starts at the repository's root")

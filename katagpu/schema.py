@@ -6,7 +6,7 @@ The descriptions are the reference in docs/recipe.md (`recipe_docs` writes it).
 from __future__ import annotations
 
 import re
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -32,6 +32,10 @@ Suite = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9.-]*\Z")]
 Url = Annotated[str, Meta(pattern=r"^https?://\S+\Z")]
 Mirror = Annotated[str, Meta(pattern=r"^(host|https?://\S+)\Z")]
 AbsolutePath = Annotated[str, Meta(pattern="^/")]
+ServerAddress = Annotated[str, Meta(
+    pattern=r"^[0-9A-Za-z][0-9A-Za-z.:-]*\Z", description="a host name or an IP address")]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Minutes = Annotated[int, Meta(ge=10, le=10080)]
 
 
 class Arch(StrEnum):
@@ -131,6 +135,15 @@ class Compression(StrEnum):
     NONE = "none"
     LZ4HC = "lz4hc"
     ZSTD = "zstd"
+
+
+class FeatureType(IntEnum):
+    """What nvidia-gridd asks a licence for, by the numbers of its `FeatureType`."""
+
+    UNLICENSED = 0
+    VGPU = 1
+    WORKSTATION = 2
+    COMPUTE = 4
 
 
 LEVELS: dict[ImageFormat, dict[Compression, range]] = {
@@ -305,6 +318,31 @@ class Image(Section, frozen=True, kw_only=True):
         "put Kata's 2 MiB DAX header in front of the disk image (for nvdimm)"))] = False
 
 
+class Vgpu(Section, frozen=True, kw_only=True):
+    """An NVIDIA vGPU guest: its licence client, nvidia-gridd (see vgpu.md)."""
+
+    feature_type: Annotated[FeatureType, Meta(description=(
+        "what is licensed: `1` the vGPU, by its own type; `0` nothing, or vApps on a GPU that is "
+        "passed through; `2` RTX Virtual Workstation; `4` Virtual Compute Server"))
+    ] = FeatureType.VGPU
+    server_address: Annotated[ServerAddress | None, Meta(description=(
+        "a legacy licence server, for older vGPU software; null: the client configuration "
+        "token says which server it is"))] = None
+    server_port: Annotated[Port, Meta(description="its port (`server_address`)")] = 7070
+    backup_server_address: Annotated[ServerAddress | None, Meta(description=(
+        "the legacy server that takes over (`server_address`)"))] = None
+    backup_server_port: Annotated[Port, Meta(description=(
+        "its port (`backup_server_address`)"))] = 7070
+    license_interval: Annotated[Minutes | None, Meta(description=(
+        "for how many minutes a legacy licence is borrowed, 10 to 10080; null: a day "
+        "(`server_address`)"))] = None
+    embed_token: Annotated[bool, Meta(description=(
+        "put the client configuration token into the image under out/, and nowhere else; without "
+        "it the token is handed to the guest when it starts"))] = False
+    token_file: Annotated[str | None, Meta(description=(
+        "path of that token (`embed_token`)"))] = None
+
+
 class Recipe(Section, frozen=True, kw_only=True):
     """A guest."""
 
@@ -323,6 +361,9 @@ class Recipe(Section, frozen=True, kw_only=True):
         "without it the image boots, but Kata cannot use it"))] = None
     rootfs: Rootfs = Rootfs()
     image: Image = Image()
+    vgpu: Annotated[Vgpu | None, Meta(description=(
+        "the driver is a GRID guest driver for vGPUs; without it the guest has no licence client"))
+    ] = None
 
 
 EXPLANATIONS: dict[tuple[str | int, ...], str] = {

@@ -22,6 +22,7 @@ VARIABLES: dict[str, object] = {
     "driver_layout": "debian",
     "driver_version": "550.163.01",
     "multiarch": "x86_64-linux-gnu",
+    "vgpu": None,
 }
 UNITS = "/usr/lib/systemd/system"
 WANTS = "/etc/systemd/system/kata-containers.target.wants"

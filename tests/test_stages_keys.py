@@ -29,6 +29,7 @@ from katagpu.recipe import (
     Service,
     ToolkitMode,
     ToolkitSource,
+    Vgpu,
 )
 from katagpu.stages.api import Stage
 from katagpu.store import Store
@@ -94,11 +95,12 @@ def root() -> Path:
     (section("image", format=ImageFormat.EXT4, compression=Compression.NONE),
      {"image", "rootfs", "kata_config", "manifest"}),
     (section("rootfs", packages=("curl",)), set()),  # it reaches base through the lock
+    (lambda old: replace(old, vgpu=Vgpu()), {"rootfs", "manifest"}),
     (section("toolkit", source=ToolkitSource.NONE),
      {"toolkit_source", "toolkit", "driver_user", "rootfs", "image", "initrd", "kata_config",
       "manifest"}),
 ], ids=["name", "mirror", "flavour", "driver version", "capabilities", "headers", "features",
-        "toolkit version", "compression", "level", "dax", "ext4", "packages", "no toolkit"])
+        "toolkit version", "compression", "level", "dax", "ext4", "packages", "vgpu", "no toolkit"])
 def test_what_a_recipe_s_change_runs_again(
     default: Recipe, root: Path, change: Change, again: set[str],
 ) -> None:
@@ -142,6 +144,13 @@ def test_services_are_a_layer_on_the_driver(default: Recipe, root: Path) -> None
     assert layers.index("services") == layers.index("driver_user") + 1
     after = guest.stages(chosen, locked(chosen, root, services="2"), root)
     assert changed(digests(stages), digests(after)) == {"services", "manifest"}
+
+
+def test_a_client_token_runs_nothing_again(default: Recipe, root: Path) -> None:
+    lock = locked(default, root)
+    without, with_token = (digests(guest.stages(replace(default, vgpu=section), lock, root))
+                           for section in (Vgpu(), Vgpu(embed_token=True, token_file="/a.tok")))
+    assert changed(without, with_token) == set()
 
 
 @pytest.mark.parametrize(("group", "again"), [

@@ -78,7 +78,8 @@ class GuestFacts:
 
     `kernel_build_id` is the hex digits of vmlinux's build id (`elf.read_build_id`); the module
     directory's record of it is compared with it. `compressor` is the image's: for erofs lz4, lz4hc,
-    lzma, deflate or zstd, for an initrd gzip, bzip2, lzma, xz, lzo, lz4 or zstd.
+    lzma, deflate or zstd, for an initrd gzip, bzip2, lzma, xz, lzo, lz4 or zstd. `vgpu`: the guest
+    has NVIDIA's licence client.
     """
 
     kernel_release: str
@@ -89,6 +90,7 @@ class GuestFacts:
     toolkit: Toolkit = Toolkit.NONE
     toolkit_programs: tuple[str, ...] = ("/usr/bin/nvidia-ctk", "/usr/bin/nvidia-cdi-hook")
     agent: bool = False
+    vgpu: bool = False
     root_format: RootFormat = RootFormat.EROFS
     compressor: str | None = None
     allow: tuple[Allow, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from katagpu import kataconfig
+from katagpu import kataconfig, vgpu
 from katagpu.lock import Lock
 from katagpu.schema import DriverSource, Headers, ImageFormat, Recipe
 from katagpu.stages.api import Build, Ref, Stage
@@ -63,6 +63,7 @@ def manifest(recipe: Recipe, lock: Lock) -> Stage:
         "toolkit": {"source": str(recipe.toolkit.source), "version": lock.version(
                         "toolkit", "nvidia-container-toolkit") or recipe.toolkit.version,
                     "mode": toolkit_mode(recipe)},
+        "vgpu": vgpu.settings(recipe),
         "image": {"format": str(recipe.image.format),
                   "compression": str(recipe.image.compression),
                   "dax_header": recipe.image.dax_header},

@@ -22,6 +22,7 @@ from katagpu.tree import EPOCH
 MODULE = "stages.image"
 TREE = PurePosixPath("/katagpu/tree")
 OUT = PurePosixPath("/katagpu/out")
+PACKED = ("fs", "disk.img", "tree.tar", "initrd")  # all files that `pack` writes itself
 # docs/image.md has the measurements: higher levels cost much for little.
 LEVELS = {Compression.ZSTD: 3, Compression.LZ4HC: 9, Compression.NONE: 0}
 
@@ -53,14 +54,21 @@ def _stage(recipe: Recipe, name: str, title: str, chosen: Image) -> Stage:
 def make_image(build: Build) -> None:
     """Pack the merged layers; the identity of what is packed names UUID and disk signature."""
     guest = Root(lower=stack(build), special=False)
-    identity = digest([build.inputs[name].identity for name in build.options["layers"]])
-    out = build.directory("packed")
-    packers = {ImageFormat.EROFS: _erofs, ImageFormat.EXT4: _ext4, ImageFormat.INITRD: _initrd}
     with writing(build.store.root):
-        target = packers[ImageFormat(build.options["format"])](build, guest, identity, out)
+        target = pack(build, guest, build.directory("packed"))
     sizes = build.inside(packing.sizes, [guest])
     build.put_bytes("sizes", json.dumps(sizes, indent=1).encode())
     build.put_file("image", target)
+
+
+def pack(build: Build, guest: Root, out: Path) -> Path:
+    """Pack a root in the image's format; where the result is. Its content goes into `out` alone.
+
+    The files there keep the mode that they have, should they be there before (`PACKED`).
+    """
+    identity = digest([build.inputs[name].identity for name in build.options["layers"]])
+    packers = {ImageFormat.EROFS: _erofs, ImageFormat.EXT4: _ext4, ImageFormat.INITRD: _initrd}
+    return packers[ImageFormat(build.options["format"])](build, guest, identity, out)
 
 
 def _tools(build: Build, guest: Root, out: Path) -> tuple[list[Root], list[Bind]]:
@@ -96,7 +104,7 @@ def _ext4(build: Build, guest: Root, identity: str, out: Path) -> Path:
 
 def _disk(build: Build, identity: str, size: int, out: Path) -> Path:
     plan = disk.layout(size, dax=build.options["dax_header"])
-    target = build.scratch / "disk.img"
+    target = out / "disk.img"
     disk.write(target, plan, [out / "fs"], disk_signature=disk.signature(identity))
     return target
 
@@ -104,7 +112,7 @@ def _disk(build: Build, identity: str, size: int, out: Path) -> Path:
 def _initrd(build: Build, guest: Root, identity: str, out: Path) -> Path:
     """The merged tree as newc, compressed; `identity` has no place in the format."""
     del identity
-    tar, archive = build.scratch / "tree.tar", out / "initrd"
+    tar, archive = out / "tree.tar", out / "initrd"
     build.inside(packing.write_tar, [guest], target=str(tar))
     with archive.open("wb") as stream:
         lost = newc.write(lambda: tar.open("rb"), stream, time=EPOCH)

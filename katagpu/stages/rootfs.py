@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from katagpu import agent, assembly, guestfiles, log
+from katagpu import agent, assembly, guestfiles, log, vgpu
 from katagpu.check import elf
 from katagpu.check import facts as facts_of
 from katagpu.check.facts import Finding, Severity, raise_on
@@ -50,6 +50,7 @@ def rootfs(recipe: Recipe, root: Path) -> Stage:
                           "layers": list(chain(recipe)), "toolkit": toolkit_mode(recipe),
                           "services": [str(name) for name in recipe.services],
                           "drm": "drm" in recipe.kernel.features,
+                          "vgpu": vgpu.settings(recipe),
                           "format": str(recipe.image.format),
                           "compressor": compressor(recipe)},
                  inputs=inputs, files=files)
@@ -72,7 +73,8 @@ def make_rootfs(build: Build) -> None:
         "services": build.options["services"],
         "hook_binary": "/usr/bin/nvidia-container-runtime-hook",
         "driver_layout": build.options["driver_layout"], "multiarch": "x86_64-linux-gnu",
-        "driver_version": (build.options["driver"] or {}).get("version", "")})
+        "driver_version": (build.options["driver"] or {}).get("version", ""),
+        "vgpu": build.options["vgpu"]})
     binds = []
     if "agent" in build.inputs:
         binds.append(Bind(source=build.blob("agent"), target="/katagpu/kata-agent"))
@@ -94,7 +96,8 @@ def check(build: Build, plain: list[Root], release: str) -> list[Finding]:
         "kernel_config": str(build.blob("config")),
         "kernel_build_id": elf.read_build_id(build.blob("vmlinux")),
         "driver": build.options["driver"], "toolkit": build.options["toolkit"],
-        "agent": "agent" in build.inputs, "root_format": build.options["format"],
+        "agent": "agent" in build.inputs, "vgpu": build.options["vgpu"] is not None,
+        "root_format": build.options["format"],
         "compressor": build.options["compressor"]})
     findings = [Finding(check=item["check"], severity=Severity(item["severity"]),
                         what=item["what"], where=item["where"], cure=item["cure"])
