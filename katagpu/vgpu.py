@@ -11,6 +11,7 @@ from typing import Any
 from katagpu.errors import UserError
 from katagpu.schema import Recipe
 
+DAEMON = "nvidia-gridd"
 TOKEN_DIRECTORY = "/etc/nvidia/ClientConfigToken"
 """Where nvidia-gridd looks for a token: any file there whose name ends in `.tok`."""
 
@@ -32,12 +33,12 @@ def settings(recipe: Recipe) -> dict[str, Any] | None:
             "license_interval": vgpu.license_interval}
 
 
-def require_grid(recipe: Recipe, *, is_grid: bool, package: str) -> None:
+def require_grid(*, is_grid: bool, package: str) -> None:
     """Raise `UserError` when a vGPU guest's driver package is no GRID guest package.
 
     `is_grid`: its manifest lists nvidia-gridd. `package` is the package's name in the message.
     """
-    if recipe.vgpu is not None and not is_grid:
+    if not is_grid:
         raise UserError(f"{package} is no GRID guest driver: it has no nvidia-gridd, which the "
                         f"recipe's `vgpu:` is about", hint=(
                             "take NVIDIA-Linux-x86_64-VERSION-grid.run, from Guest_Drivers/ of "

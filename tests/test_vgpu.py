@@ -35,7 +35,7 @@ def rendered(default: Recipe, section: Vgpu | None) -> dict[str, Entry]:
     """The guest's files of a recipe with this section."""
     return {entry.path: entry for entry in render({
         "toolkit_mode": "cdi", "drm": False, "driver_layout": "plain",
-        "driver_version": "550.163.01", "multiarch": "x86_64-linux-gnu",
+        "driver_version": "550.163.01", "services": [], "multiarch": "x86_64-linux-gnu",
         "vgpu": vgpu.settings(replace(default, vgpu=section))})
         if entry.kind is not Kind.REMOVE}
 
@@ -98,12 +98,10 @@ def test_what_no_schema_can_say(
     assert all(message in what for _steps, what in found[1:])
 
 
-def test_a_package_without_the_licence_client_is_refused(default: Recipe) -> None:
-    guest = replace(default, vgpu=Vgpu())
-    vgpu.require_grid(guest, is_grid=True, package="x.run")
-    vgpu.require_grid(default, is_grid=False, package="x.run")
+def test_a_package_without_the_licence_client_is_refused() -> None:
+    vgpu.require_grid(is_grid=True, package="x.run")
     with pytest.raises(UserError, match=r"x\.run is no GRID guest driver") as caught:
-        vgpu.require_grid(guest, is_grid=False, package="x.run")
+        vgpu.require_grid(is_grid=False, package="x.run")
     assert "-grid.run" in str(caught.value)
 
 
@@ -263,15 +261,6 @@ def test_it_waits_for_name_servers_and_not_for_ever(guest: Guest) -> None:
     assert os.times().elapsed - before < 1.5
 
 
-def test_the_example_has_a_section_that_is_valid() -> None:
-    """Its driver's source is not in this schema yet; all else is a recipe."""
-    import msgspec
-    import yaml
-
-    text = (PACKAGE.parent / "docs/examples/vgpu-grid.yaml").read_text()
-    data = yaml.safe_load(text)
-    assert data["driver"]["source"] == "runfile" and "-grid.run" in data["driver"]["file"]
-    data["driver"] = {"source": "none"}
-    found = msgspec.convert(data, Recipe)
-    assert found.vgpu == Vgpu()
-    assert found.name == "vgpu-grid"
+def test_the_recipe_is_of_a_vgpu_guest() -> None:
+    found = recipe.load("vgpu-grid", PACKAGE.parent)
+    assert found.vgpu == Vgpu() and "-grid.run" in (found.driver.file or "")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from katagpu import keys, log, nvbranches, runfile
+from katagpu import keys, log, nvbranches, runfile, vgpu
 from katagpu.download import Gone
 from katagpu.errors import UserError
 from katagpu.fetch import Job, fetch_all
@@ -38,7 +38,8 @@ def package(recipe: Recipe, root: Path) -> Stage:
     """The verified file, and what it says of itself."""
     given = recipe.driver
     version = given.version or ""
-    options: dict[str, Any] = {"version": version, "sha256": given.sha256}
+    options: dict[str, Any] = {"version": version, "sha256": given.sha256,
+                               "vgpu": recipe.vgpu is not None}
     files: dict[str, Path] = {}
     downloads: Mapping[str, tuple[str, str | None]] = {}
     network = False
@@ -76,11 +77,14 @@ def make_package(build: Build) -> None:
     file = runfile.RunFile(path)
     file.verify()
     runfile.fits(file, version=build.options["version"])
+    daemon = any(entry.name == vgpu.DAEMON for entry in file.manifest.entries)
+    if build.options["vgpu"]:
+        vgpu.require_grid(is_grid=daemon, package=file.header.targetdir)
     for line in file.manifest.notes:
         log.note(f"driver_package: {line}")
     about = {"version": file.manifest.version, "description": file.manifest.description,
              "modules": list(file.manifest.modules), "flavours": sorted(file.manifest.flavours),
-             "label": file.header.label, "grid": file.header.grid}
+             "label": file.header.label, "grid": daemon}
     build.facts.update({"sha256": digest, **about})
     build.put_bytes("about", json.dumps(about, indent=1, sort_keys=True).encode())
     build.put_file("run", path)
