@@ -3,9 +3,9 @@
 The format is that of NVIDIA's makeself 1.6.0-nv: a shell script that starts with `name=value`
 lines, then maybe a decompressor, then a compressed tar to the end of the file. `skip` counts lines,
 and so does the start of what the checksums cover: line 4. Sources: makeself.sh in the packages
-390.157 (nv2), 440.44 and 460.67 (nv4), from which the same header comes; the header of a package of
-2004 (other names between MD5 and script); the figures of 610.57.04 (nv9: skip=1022, payload at byte
-160,635, zstd).
+390.157 (nv2), 440.44 and 460.67 (nv4), all of which write the same header; figures of a package of
+nv9, 610.57.04 (skip=1022, payload at byte 160,635, zstd); the list of a vGPU host's package,
+550.144.02.
 """
 
 from __future__ import annotations
