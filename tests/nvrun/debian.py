@@ -1,8 +1,7 @@
 """The NVIDIA driver as Debian packages it, fetched with the product's own apt code and unpacked.
 
-Debian splits NVIDIA's `.run` into packages; `collect` lays their files out as NVIDIA's archive has
-them: libraries at the top by the names that NVIDIA gives them, `32/`, `firmware/`, `kernel/` and
-`kernel-open/`.
+Debian splits NVIDIA's `.run` into packages and keeps the names of the files in it; `unpack` finds
+them by name again, and the two trees of kernel module sources.
 """
 
 from __future__ import annotations
