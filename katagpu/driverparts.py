@@ -8,7 +8,8 @@ runtimes what each file is for. Capabilities have the names of the container too
 Sources: the `MODULE:` words of the manifests of 390.157, 440.44 and 460.67; those of 570 to 610 as
 public packagings name them (Gentoo's ebuild, NVIDIA's build scripts with a word on each); what is
 for what: the lists of libnvidia-container (src/nvc_info.c) and of the container toolkit
-(internal/discover/graphics.go).
+(internal/discover/graphics.go). The file list's form and categories are those that a public program
+reads from the lists of 570 to 615; no copy of one was at hand.
 """
 
 from __future__ import annotations

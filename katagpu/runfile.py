@@ -3,9 +3,9 @@
 The format is that of NVIDIA's makeself 1.6.0-nv: a shell script that starts with `name=value`
 lines, then maybe a decompressor, then a compressed tar to the end of the file. `skip` counts lines,
 and so does the start of what the checksums cover: line 4. Sources: makeself.sh in the packages
-390.157 (nv2), 440.44 and 460.67 (nv4), from which the same header comes; the header of a package of
-2004 (other names between MD5 and script); the figures of 610.57.04 (nv9: skip=1022, payload at byte
-160,635, zstd).
+390.157 (nv2), 440.44 and 460.67 (nv4), all of which write the same header; figures of a package of
+nv9, 610.57.04 (skip=1022, payload at byte 160,635, zstd); the list of a vGPU host's package,
+550.144.02.
 """
 
 from __future__ import annotations
@@ -145,6 +145,11 @@ def fits(file: RunFile, *, version: str | None, architecture: str = "x86_64",
     if version not in (None, manifest.version):
         raise UserError(f"{name} is driver {manifest.version}, the recipe asks for {version}",
                         hint=f"give driver {version}'s file, or 'version: \"{manifest.version}\"'")
+    _has(file, flavour, capabilities)
+
+
+def _has(file: RunFile, flavour: KernelModule | None, capabilities: Collection[str]) -> None:
+    manifest, name = file.manifest, file.path.name
     if flavour is not None and str(flavour) not in manifest.flavours:
         has = " and ".join(sorted(manifest.flavours)) or "no"
         raise UserError(f"driver {manifest.version} has no source of the {flavour} kernel modules "
@@ -153,6 +158,12 @@ def fits(file: RunFile, *, version: str | None, architecture: str = "x86_64",
     if "compat32" in capabilities and not any(entry.compat32 for entry in manifest.entries):
         raise UserError(f"{name} has no 32-bit libraries, and the recipe asks for compat32",
                         hint="take the package without -no-compat32 in its name")
+    # All 577 entries of 440.44 are. Where one is not, the installer complains and exits with 0.
+    missing = [entry.file for entry in manifest.entries
+               if entry.target is None and entry.file not in file.contents.sizes]
+    if missing:
+        raise UserError(f"{name} lacks {len(missing)} of the files in its {FILE}, for example "
+                        f"{missing[0]}", hint=AGAIN)
 
 
 def _host_sign(file: RunFile) -> str | None:
