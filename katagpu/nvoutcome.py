@@ -19,8 +19,10 @@ from katagpu.schema import KernelModule
 MARKS = ("Post-install sanity check passed.", "is now complete.")
 SHOWN = 12  # lines of the log in an error
 WIDTH = 240  # characters of a line in an error
-# objtool complains of each function in NVIDIA's prebuilt object: tens of thousands of lines.
-NOISE = re.compile(r"naked return|: warning: objtool: |^\s*(?:CC|LD|AR|CONFTEST:|SYMLINK) ")
+# objtool complains of each function in NVIDIA's prebuilt object: tens of thousands of lines. The
+# two warnings are there in every good run.
+NOISE = re.compile(r"naked return|: warning: objtool: |^\s*(?:CC|LD|AR|CONFTEST:|SYMLINK) "
+                   r"|You do not appear to have an NVIDIA GPU|You specified the '--no-kernel-mod")
 _MATTERS = re.compile(r"^(?:ERROR|WARNING): |\(Answer: (?:Abort|Continue) installation"
                       r"|: (?:fatal )?error: |undefined!|^\S*make(?:\[\d+\])?: \*\*\*|No space left"
                       r"|GPL-only")
@@ -180,7 +182,7 @@ def _failed(outcome: Outcome) -> Verdict:
 
 
 def _hang(outcome: Outcome) -> Verdict:
-    return Verdict(kind=Kind.HANG, lines=_tail(_quiet(outcome)),
+    return Verdict(kind=Kind.HANG, lines=_tail(outcome.log) or _tail(_quiet(outcome)),
                    sentence=f"the installer did not end within {outcome.seconds:.0f} s and was "
                             "ended, with all that it had started",
                    cure="the last lines of its log say what it was doing; a machine that is only "
