@@ -19,6 +19,7 @@ from katagpu.run import run
 from katagpu.store import writing
 
 FORMAT = 1
+GUEST = "guest"  # the archives of the guest's distribution
 _URI = re.compile(r"^'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})$", re.MULTILINE)
 
 
@@ -71,9 +72,11 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
 
     `files` are packages that are at hand: what they depend on is locked, they are not.
     `on` names a group that is installed already: only what comes in addition is locked. `alone`
-    locks the named packages without their dependencies (sources shipped as packages).
+    locks the named packages without their dependencies (sources shipped as packages). `archives`
+    names the set of archives that all of it comes from.
     """
 
+    archives: str = GUEST
     packages: tuple[str, ...] = ()
     files: tuple[LocalDeb, ...] = ()
     on: str | None = None
@@ -81,12 +84,12 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a lock answers."""
+    """All that a lock answers. `archives` are sets by name, one for each kind of root."""
 
     recipe: str
     identity: str
     architecture: str
-    archives: tuple[Archive, ...]
+    archives: dict[str, tuple[Archive, ...]]
     groups: dict[str, Group]
 
 
@@ -239,18 +242,27 @@ def _cure(said: str) -> str:
 
 
 def resolve(request: Request, directory: Path) -> Lock:
-    """Resolve a request with apt below `directory`. Needs the network."""
-    apt = Apt(directory, request.archives, request.architecture)
-    apt.update()
+    """Resolve a request with one apt below `directory` for each set. Needs the network."""
+    apts: dict[str, Apt] = {}
     found: dict[str, dict[str, Deb]] = {}
     for name, group in request.groups.items():
+        if group.archives not in apts:
+            apts[group.archives] = Apt(directory / group.archives,
+                                       request.archives[group.archives], request.architecture)
+            apts[group.archives].update()
+        apt = apts[group.archives]
         if group.alone:
             found[name] = apt.candidates(group.packages)
             continue
         below = _below(request, group)
-        stack = (group, *(request.groups[other] for other in below))
-        local = [deb.path for one in stack for deb in one.files]
-        wanted = [*(package for one in stack for package in one.packages), *local]
+        local = [deb.path for one in (group, *(request.groups[other] for other in below))
+                 for deb in one.files]
+        wanted = [*group.packages, *local]
+        for other in below:
+            # What another set of archives gave is there in that version, whatever this one has.
+            wanted += (request.groups[other].packages
+                       if request.groups[other].archives == group.archives
+                       else [f"{deb.package}={deb.version}" for deb in found[other].values()])
         there = {file for other in below for file in found[other]}
         found[name] = {file: deb for file, deb in apt.closure(wanted).items()
                        if file not in there and deb.url.removeprefix("file:") not in local}
