@@ -73,7 +73,7 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     `files` are packages that are at hand: what they depend on is locked, they are not.
     `on` names a group that is installed already: only what comes in addition is locked. `alone`
     locks the named packages without their dependencies (sources shipped as packages). `archives`
-    names the set of archives that all of it comes from.
+    names the set of archives that it comes from, the same as what it is `on`.
     """
 
     archives: str = GUEST
@@ -255,14 +255,9 @@ def resolve(request: Request, directory: Path) -> Lock:
             found[name] = apt.candidates(group.packages)
             continue
         below = _below(request, group)
-        local = [deb.path for one in (group, *(request.groups[other] for other in below))
-                 for deb in one.files]
-        wanted = [*group.packages, *local]
-        for other in below:
-            # What another set of archives gave is there in that version, whatever this one has.
-            wanted += (request.groups[other].packages
-                       if request.groups[other].archives == group.archives
-                       else [f"{deb.package}={deb.version}" for deb in found[other].values()])
+        stack = (group, *(request.groups[other] for other in below))
+        local = [deb.path for one in stack for deb in one.files]
+        wanted = [*(package for one in stack for package in one.packages), *local]
         there = {file for other in below for file in found[other]}
         found[name] = {file: deb for file, deb in apt.closure(wanted).items()
                        if file not in there and deb.url.removeprefix("file:") not in local}

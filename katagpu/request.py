@@ -137,8 +137,13 @@ def identity(recipe: Recipe, root: Path) -> str:
     wanted = to_builtins(groups(recipe, root))
     for group in wanted.values():
         group["files"] = [deb["sha256"] for deb in group["files"]]
-    return digest({"format": FORMAT, "distributions": to_builtins(distributions(recipe)),
-                   "groups": wanted})
+        if group["archives"] == GUEST:  # as before there were others, so that older locks hold
+            del group["archives"]
+    content = {"format": FORMAT, "distribution": to_builtins(recipe.distribution),
+               "groups": wanted}
+    others = {name: to_builtins(distribution)
+              for name, distribution in distributions(recipe).items() if name != GUEST}
+    return digest({**content, "others": others} if others else content)
 
 
 def request(recipe: Recipe, root: Path) -> Request:

@@ -77,7 +77,6 @@ def test_each_set_of_archives_is_asked_by_itself(
     other = ToyArchive(tmp_path / "other", keys, suite="noble")
     other.add("app", "2.0ubuntu1", Depends="core")
     other.add("core", "7ubuntu1")
-    other.add("vendor", "1", Depends="lib")
     other.add("lib", "9-1")
     other.publish()
     with served(other):
@@ -85,19 +84,15 @@ def test_each_set_of_archives_is_asked_by_itself(
                              "tools2": Group(packages=("extra",))})
         groups = {"guest": Group(packages=("app",)),
                   "more": Group(packages=("lib",), on="guest"),
-                  "vendor": Group(packages=("vendor",), on="tools", archives="both"),
                   **{name: replace(group, archives="tools")
                      for name, group in first.groups.items()}}
-        groups = {name: groups[name] for name in ("tools", "tools2", "guest", "more", "vendor")}
+        groups = {name: groups[name] for name in ("tools", "tools2", "guest", "more")}
         second = other.request(groups)
         archives = {"guest": second.archives["guest"], "tools": first.archives["guest"]}
-        archives["both"] = (*archives["tools"], *archives["guest"])
         found = lock.resolve(replace(second, archives=archives), tmp_path / "apt")
     assert names(found, "tools") == ["app=1.0-1", "core=1", "lib=1.5-1"]
     assert names(found, "guest") == ["app=2.0ubuntu1", "core=7ubuntu1"]
     assert names(found, "more") == ["lib=9-1"]
-    # On the tools' lib, which is there: the other archive's newer one does not take its place.
-    assert names(found, "vendor") == ["vendor=1"]
     assert all(deb.url.startswith(toy.base) for deb in found.group("tools"))
     assert all(deb.url.startswith(other.base) for deb in found.group("guest"))
 
