@@ -99,7 +99,7 @@ def wrapped(words: Iterable[str], indent: str = "  ") -> Iterator[str]:
 
 @pytest.mark.parametrize("name", unbuilt())
 def test_the_plan_is_the_reviewed_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request, "host_archive", lambda distribution: {})
+    monkeypatch.setattr(request, "host_archive", lambda _distribution: {})
     assert plan(name) == (PLANS / f"{name}.txt").read_text(), (
         "look at the difference; if it is meant: python tests/test_plans.py --renew")
 
@@ -110,7 +110,7 @@ def test_every_plan_has_its_recipe() -> None:
 
 def renew() -> None:
     """Write the texts, as on a host of no distribution."""
-    request.host_archive = lambda distribution: {}
+    vars(request)["host_archive"] = lambda _distribution: {}
     PLANS.mkdir(exist_ok=True)
     for old in PLANS.iterdir():
         old.unlink()
