@@ -21,6 +21,7 @@ from katagpu.run import run
 from katagpu.store import writing
 
 FORMAT = 1
+GUEST = "guest"  # the archives of the guest's distribution
 _URI = re.compile(r"^'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})$", re.MULTILINE)
 
 
@@ -86,10 +87,12 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
 
     `files` are packages that are at hand: what they depend on is locked, they are not.
     `on` names a group that is installed already: only what comes in addition is locked. `alone`
-    locks the named packages without their dependencies (sources shipped as packages). What `pins`
-    name comes from `repository`, by its name in the request, and from nowhere else.
+    locks the named packages without their dependencies (sources shipped as packages). `archives`
+    names the set of archives that it comes from, the same as what it is `on`. What `pins` name
+    comes from `repository`, by its name in the request, and from nowhere else.
     """
 
+    archives: str = GUEST
     packages: tuple[str, ...] = ()
     files: tuple[LocalDeb, ...] = ()
     on: str | None = None
@@ -99,12 +102,12 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a lock answers."""
+    """All that a lock answers. `archives` are sets by name, one for each kind of root."""
 
     recipe: str
     identity: str
     architecture: str
-    archives: tuple[Archive, ...]
+    archives: dict[str, tuple[Archive, ...]]
     groups: dict[str, Group]
     repositories: dict[str, Repository] = {}
 
@@ -303,14 +306,18 @@ def _cure(said: str) -> str:
 
 
 def resolve(request: Request, directory: Path) -> Lock:
-    """Resolve a request with apt below `directory`. Needs the network."""
-    apt = Apt(directory, request.archives, request.architecture)
-    apt.update()
+    """Resolve a request with one apt below `directory` for each set. Needs the network."""
+    apts: dict[str, Apt] = {}
     views = {name: _view(request, name, directory / "repositories" / name)
              for name in request.repositories}
-    aptitude: dict[tuple[Group, ...], Apt] = {(): apt}
+    beside: dict[tuple[str, tuple[Group, ...]], Apt] = {}
     found: dict[str, dict[str, Deb]] = {}
     for name, group in request.groups.items():
+        if group.archives not in apts:
+            apts[group.archives] = Apt(directory / group.archives,
+                                       request.archives[group.archives], request.architecture)
+            apts[group.archives].update()
+        apt = apts[group.archives]
         if group.alone:
             found[name] = apt.candidates(group.packages)
             continue
@@ -320,9 +327,10 @@ def resolve(request: Request, directory: Path) -> Lock:
         wanted = [*(package for one in stack for package in one.packages), *local]
         there = {file for other in below for file in found[other]}
         pinned = tuple(one for one in reversed(stack) if one.repository is not None)
-        if pinned not in aptitude:
-            aptitude[pinned] = _beside(apt, pinned, views)
-        found[name] = {file: deb for file, deb in aptitude[pinned].closure(wanted).items()
+        if pinned and (group.archives, pinned) not in beside:
+            beside[group.archives, pinned] = _beside(apt, pinned, views)
+        apt = beside.get((group.archives, pinned), apt)
+        found[name] = {file: deb for file, deb in apt.closure(wanted).items()
                        if file not in there and deb.url.removeprefix("file:") not in local}
     groups = {name: tuple(sorted(debs.values(), key=lambda deb: deb.package))
               for name, debs in found.items()}

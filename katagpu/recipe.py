@@ -140,6 +140,7 @@ def problems(recipe: Recipe, name: str, root: Path) -> Iterator[Problem]:
     """What is wrong with a recipe whose every field is valid by itself."""
     if recipe.name != name:
         yield ("name",), f"{recipe.name!r} is not the file's name", f"write `name: {name}`"
+    yield from _distribution(recipe, root)
     yield from _kernel(recipe, root)
     yield from _driver(recipe)
     yield from _toolkit(recipe, root)
@@ -147,6 +148,26 @@ def problems(recipe: Recipe, name: str, root: Path) -> Iterator[Problem]:
     yield from _agent(recipe)
     yield from _image(recipe)
     yield from _vgpu(recipe, root)
+
+
+def _distribution(recipe: Recipe, root: Path) -> Iterator[Problem]:
+    for section, distribution in (("distribution", recipe.distribution), ("tools", recipe.tools)):
+        if distribution is None:
+            continue
+        components = schema.COMPONENTS[distribution.id]
+        for number, component in enumerate(distribution.components or ()):
+            if component not in components:
+                yield ((section, "components", number), f"{distribution.id} has no part "
+                       f"{component!r}", f"it has {', '.join(components)}")
+        if not (root / distribution.keyring).is_file() and distribution.keyring[0] != "/":
+            yield ((section, "keyring"), f"there is no file {root / distribution.keyring}",
+                   "paths start at the repository's root, or with /")
+    if recipe.distribution.id is not DistributionId.DEBIAN:
+        own = f"the packages of `source: debian` are not in {recipe.distribution.id}"
+        if recipe.kernel.source is KernelSource.DEBIAN:
+            yield ("kernel", "source"), own, "use `source: kernel.org`"
+        if recipe.driver.source is DriverSource.DEBIAN:
+            yield ("driver", "source"), own, "use another source, or `none`"
 
 
 def _kernel(recipe: Recipe, root: Path) -> Iterator[Problem]:

@@ -7,10 +7,23 @@ from pathlib import Path
 from msgspec import to_builtins
 
 from katagpu.aptview import Pin
+from katagpu.errors import UserError
 from katagpu.keys import digest, file_digest
-from katagpu.lock import FORMAT, Archive, Group, LocalDeb, Repository, Request, host_archive
+from katagpu.lock import (
+    FORMAT,
+    GUEST,
+    Archive,
+    Group,
+    LocalDeb,
+    Repository,
+    Request,
+    host_archive,
+)
 from katagpu.schema import (
+    COMPONENTS,
+    TOOLS,
     Capability,
+    Distribution,
     DriverSource,
     Headers,
     KernelModule,
@@ -24,6 +37,8 @@ from katagpu.schema import (
 from katagpu.schema import Repository as RecipeRepository
 
 ESSENTIAL = "?essential"  # apt-patterns(7)
+
+TOOLS_SET = "tools"  # the archives of what is not the guest's
 
 STAGE0 = (ESSENTIAL, "apt", "mmdebstrap")
 # Kernel and modules see one compiler: that of the guest's own suite.
@@ -82,10 +97,11 @@ def groups(recipe: Recipe, root: Path) -> dict[str, Group]:
              for package in NEEDS.get(capability, ())]
     shipped = (*recipe.rootfs.packages, *dict.fromkeys(needs),
                *(extra if recipe.rootfs.keep_extra_pkgs else ()))
+    tools = GUEST if tools_of(recipe) is recipe.distribution else TOOLS_SET
     found = {
-        "stage0": Group(packages=STAGE0),
+        "stage0": Group(packages=STAGE0, archives=tools),
         "toolchain": Group(packages=TOOLCHAIN),
-        "imagetools": Group(packages=IMAGE_TOOLS),
+        "imagetools": Group(packages=IMAGE_TOOLS, archives=tools),
         "base": Group(packages=(*BASE, *shipped)),
     }
     if recipe.kernel.headers is Headers.RPM:
@@ -168,19 +184,35 @@ def _repository(found: RecipeRepository, root: Path) -> Repository:
         keyring=key if key.startswith(("http://", "https://")) else str(root / key)))
 
 
-def archives(recipe: Recipe) -> tuple[Archive, ...]:
-    """Where the packages come from: a mirror given, the host's own, or the recipe's fallback."""
-    distribution = recipe.distribution
-    suite, components = distribution.suite, distribution.components
+def tools_of(recipe: Recipe) -> Distribution:
+    """Where mmdebstrap and the image tools come from: one suite for all guests, or the recipe's."""
+    own = recipe.distribution
+    if recipe.tools is not None:
+        return recipe.tools
+    return own if (own.id, own.suite) == (TOOLS.id, TOOLS.suite) else TOOLS
+
+
+def distributions(recipe: Recipe) -> dict[str, Distribution]:
+    """The distributions that a recipe takes packages from, by the name of their archives."""
+    tools = tools_of(recipe)
+    return {GUEST: recipe.distribution,
+            **({} if tools is recipe.distribution else {TOOLS_SET: tools})}
+
+
+def archives(distribution: Distribution, root: Path) -> tuple[Archive, ...]:
+    """Where its packages come from: a mirror given, the host's own, or the recipe's fallback."""
+    suite = distribution.suite
+    components = distribution.components or COMPONENTS[distribution.id]
+    keyring = str((root / distribution.keyring).absolute())
     host = host_archive(distribution.id) if distribution.mirror == "host" else {}
     main = (host.get("") or distribution.fallback_mirror if distribution.mirror == "host"
             else distribution.mirror)
     security = host.get("-security") or distribution.security_mirror
     found = [Archive(uri=main, suites=_suites(suite, security is not None),
-                     components=components, keyring=distribution.keyring)]
+                     components=components, keyring=keyring)]
     if security is not None:
         found.append(Archive(uri=security, suites=(f"{suite}-security",), components=components,
-                             keyring=distribution.keyring))
+                             keyring=keyring))
     return tuple(found)
 
 
@@ -195,15 +227,30 @@ def identity(recipe: Recipe, root: Path) -> str:
         group["files"] = [deb["sha256"] for deb in group["files"]]
         if group["repository"] is None:  # as before there were any, so that older locks hold
             del group["repository"], group["pins"]
+        if group["archives"] == GUEST:
+            del group["archives"]
     content = {"format": FORMAT, "distribution": to_builtins(recipe.distribution),
                "groups": wanted}
+    others = {name: to_builtins(distribution)
+              for name, distribution in distributions(recipe).items() if name != GUEST}
     given = {"toolkit": recipe.toolkit.repository, "nvidia": recipe.nvidia_repository}
     used = {name: to_builtins(given[name]) for name in repositories(recipe, root)}
-    return digest({**content, "repositories": used} if used else content)
+    return digest({**content, **({"others": others} if others else {}),
+                   **({"repositories": used} if used else {})})
 
 
 def request(recipe: Recipe, root: Path) -> Request:
-    """The whole request of a recipe, with the addresses for this host."""
+    """The whole request of a recipe, with the addresses for this host.
+
+    Raises `UserError` when the host does not have a keyring.
+    """
+    found = {name: archives(distribution, root)
+             for name, distribution in distributions(recipe).items()}
+    for archive in (archive for each in found.values() for archive in each):
+        if not Path(archive.keyring).is_file():
+            raise UserError(f"the keyring {archive.keyring} of {archive.uri} is not there", hint=(
+                "install the package that has it (debian-archive-keyring, ubuntu-keyring), or "
+                "name another one in the recipe"))
     return Request(recipe=recipe.name, identity=identity(recipe, root), architecture=ARCHITECTURE,
-                   archives=archives(recipe), groups=groups(recipe, root),
+                   archives=found, groups=groups(recipe, root),
                    repositories=repositories(recipe, root))

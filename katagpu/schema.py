@@ -31,7 +31,6 @@ Fingerprint = Annotated[str, Meta(pattern=r"^([0-9A-Fa-f]{40}|[0-9A-Fa-f]{64})\Z
 Suite = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9.-]*\Z")]
 Url = Annotated[str, Meta(pattern=r"^https?://\S+\Z")]
 Mirror = Annotated[str, Meta(pattern=r"^(host|https?://\S+)\Z")]
-AbsolutePath = Annotated[str, Meta(pattern="^/")]
 ServerAddress = Annotated[str, Meta(
     pattern=r"^[0-9A-Za-z][0-9A-Za-z.:-]*\Z", description="a host name or an IP address")]
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -48,6 +47,7 @@ class DistributionId(StrEnum):
     """Guest distributions."""
 
     DEBIAN = "debian"
+    UBUNTU = "ubuntu"
 
 
 class KernelSource(StrEnum):
@@ -165,9 +165,9 @@ class Distribution(Section, frozen=True, kw_only=True):
     id: Annotated[DistributionId, Meta(description="distribution of the guest")]
     suite: Annotated[Suite, Meta(description=(
         "code name of the release, for example `trixie`"))]
-    components: Annotated[tuple[str, ...], Meta(min_length=1, description=(
-        "parts of the archive; the NVIDIA driver is in `contrib` and `non-free`"))] = (
-        "main", "contrib", "non-free", "non-free-firmware")
+    components: Annotated[tuple[str, ...] | None, Meta(description=(
+        "parts of the archive; null: all of them. Debian has the NVIDIA driver in `contrib` and "
+        "`non-free`"))] = None
     mirror: Annotated[Mirror, Meta(description=(
         "address of a mirror, or `host`: the build host's own apt configuration where it is of "
         "the same distribution, else `fallback_mirror`"))] = "host"
@@ -176,8 +176,22 @@ class Distribution(Section, frozen=True, kw_only=True):
     security_mirror: Annotated[Url | None, Meta(description=(
         "address of the archive of `<suite>-security`, where the host's own apt has none to "
         "offer; null: none"))] = None
-    keyring: Annotated[AbsolutePath, Meta(description=(
-        "absolute path of the keyring with which the archive is verified"))]
+    keyring: Annotated[str, Meta(pattern=r"^\S+\Z", description=(
+        "the keyring with which the archive is verified: an absolute path on the build host, or "
+        "one from the repository's root (`keys/ubuntu/archive-2018.asc`)"))]
+
+
+COMPONENTS: dict[DistributionId, tuple[str, ...]] = {
+    DistributionId.DEBIAN: ("main", "contrib", "non-free", "non-free-firmware"),
+    DistributionId.UBUNTU: ("main", "restricted", "universe", "multiverse"),
+}
+"""All parts of each distribution's archive."""
+
+TOOLS = Distribution(
+    id=DistributionId.DEBIAN, suite="trixie", fallback_mirror="http://deb.debian.org/debian",
+    security_mirror="http://deb.debian.org/debian-security",
+    keyring="/usr/share/keyrings/debian-archive-keyring.gpg")
+"""Where the bootstrap and image tools come from, whatever the guest is."""
 
 
 class Kernel(Section, frozen=True, kw_only=True):
@@ -349,6 +363,9 @@ class Recipe(Section, frozen=True, kw_only=True):
     name: Annotated[str, Meta(description="the file's name, without `.yaml`")]
     arch: Annotated[Arch, Meta(description="architecture of the guest")] = Arch.X86_64
     distribution: Distribution
+    tools: Annotated[Distribution | None, Meta(description=(
+        "where mmdebstrap, Go and the image tools come from, with the fields of `distribution`; "
+        "null: Debian trixie, from the guest's own archive where that is it"))] = None
     kernel: Kernel
     driver: Driver
     toolkit: Toolkit

@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from katagpu import lock
 from katagpu.errors import UserError
@@ -66,6 +67,34 @@ def test_a_group_has_all_that_its_packages_depend_on(toy: ToyArchive, tmp_path: 
     assert names(found, "top") == ["driver=550.1-1"]
     assert names(found, "alone") == ["extra=1", "source=6.12-1"]
     assert names(found, "nothing") == []
+
+
+def test_each_set_of_archives_is_asked_by_itself(
+    toy: ToyArchive, keys: Path, tmp_path: Path,
+) -> None:
+    """Two distributions have a package of one name, and other dependencies."""
+    (tmp_path / "other").mkdir()
+    other = ToyArchive(tmp_path / "other", keys, suite="noble")
+    other.add("app", "2.0ubuntu1", Depends="core")
+    other.add("core", "7ubuntu1")
+    other.add("lib", "9-1")
+    other.publish()
+    with served(other):
+        first = toy.request({"tools": Group(packages=("app",)),
+                             "tools2": Group(packages=("extra",))})
+        groups = {"guest": Group(packages=("app",)),
+                  "more": Group(packages=("lib",), on="guest"),
+                  **{name: replace(group, archives="tools")
+                     for name, group in first.groups.items()}}
+        groups = {name: groups[name] for name in ("tools", "tools2", "guest", "more")}
+        second = other.request(groups)
+        archives = {"guest": second.archives["guest"], "tools": first.archives["guest"]}
+        found = lock.resolve(replace(second, archives=archives), tmp_path / "apt")
+    assert names(found, "tools") == ["app=1.0-1", "core=1", "lib=1.5-1"]
+    assert names(found, "guest") == ["app=2.0ubuntu1", "core=7ubuntu1"]
+    assert names(found, "more") == ["lib=9-1"]
+    assert all(deb.url.startswith(toy.base) for deb in found.group("tools"))
+    assert all(deb.url.startswith(other.base) for deb in found.group("guest"))
 
 
 def test_each_package_has_its_digest_size_and_address(toy: ToyArchive, tmp_path: Path) -> None:
@@ -186,7 +215,7 @@ def test_the_host_s_own_apt_configuration_does_not_matter(
     monkeypatch.setenv("APT_CONFIG", str(hostile))
     found = lock.resolve(toy.request({"all": Group(packages=("app",))}), tmp_path / "apt")
     assert "extra=1" not in names(found, "all")
-    assert (tmp_path / "apt/cache/pkgcache.bin").stat().st_size > 0
+    assert (tmp_path / "apt/guest/cache/pkgcache.bin").stat().st_size > 0
 
 
 # files

@@ -121,6 +121,11 @@ CASES = [
      "agent.sha256: 'abc' is not valid", "64 hexadecimal digits"),
     ("compression: zstd", "level: 99", "image.level: 99 is not a level of zstd", "1 to 19"),
     ("dax_header: false", "{", "this is not YAML", ""),
+    ("[main, contrib, non-free, non-free-firmware]", "[main, universe]",
+     "distribution.components[1]: debian has no part 'universe'", "non-free-firmware"),
+    ("keyring: /usr/share/keyrings/debian-archive-keyring.gpg", "keyring: keys/none.asc",
+     "distribution.keyring: there is no file", "repository's root"),
+    ("id: debian", "id: fedora", "distribution.id: 'fedora' is not valid", "known: debian, ubuntu"),
     ("arch: x86_64", "on: x86_64", "'on' cannot be the name of a field", ""),
 ]
 
@@ -146,6 +151,17 @@ def test_bad_fields_are_named_with_their_line(
     said = refused(root)
     assert what in said and cure in said
     assert said.startswith(f"{root}/recipes/debian-trixie.yaml:{line}: ") or "YAML" in said
+
+
+def test_debians_source_packages_are_not_in_ubuntu(root: Path) -> None:
+    change(root, "id: debian", "id: ubuntu")
+    change(root, "  components: [main, contrib, non-free, non-free-firmware]\n", "")
+    line = change(root, "  package: linux-source-6.12\n", "  version: '6.12.30'\n") - 1
+    said = refused(root)
+    assert f"yaml:{line}: kernel.source: the packages of `source: debian` are not in ubuntu" in said
+    assert "source: kernel.org" in said
+    change(root, "kernel:\n  source: debian", "kernel:\n  source: kernel.org")
+    assert "driver.source: the packages of `source: debian` are not in ubuntu" in refused(root)
 
 
 def test_a_missing_field(root: Path) -> None:

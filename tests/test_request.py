@@ -9,8 +9,10 @@ import pytest
 from msgspec.structs import replace
 
 from katagpu import recipe, request
+from katagpu.errors import UserError
 from katagpu.recipe import (
     Capability,
+    DistributionId,
     DriverSource,
     Headers,
     KernelModule,
@@ -211,6 +213,58 @@ def test_a_repository_that_nothing_is_taken_from_is_not(default: Recipe, reposit
         request.identity(default, repository)
 
 
+# distributions
+
+
+UBUNTU = {"id": DistributionId.UBUNTU, "suite": "focal", "components": None,
+          "keyring": "keys/ubuntu/archive-2018.asc"}
+
+
+def test_the_tools_of_an_ubuntu_guest_are_debians(default: Recipe, repository: Path) -> None:
+    focal = change(default, "distribution", **UBUNTU)
+    sets = {name: group.archives for name, group in request.groups(focal, repository).items()}
+    assert sets == {"stage0": "tools", "toolchain": "guest", "imagetools": "tools",
+                    "base": "guest", "kernel_source": "guest", "driver_user": "guest",
+                    "driver_source": "guest"}
+    assert {name: one.suite for name, one in request.distributions(focal).items()} == {
+        "guest": "focal", "tools": "trixie"}
+
+
+def test_a_guest_of_the_tools_suite_has_one_set_of_archives(default: Recipe,
+                                                            repository: Path) -> None:
+    groups = request.groups(default, repository).values()
+    assert {group.archives for group in groups} == {"guest"}
+    assert list(request.distributions(default)) == ["guest"]
+    older = change(default, "distribution", suite="bookworm")
+    assert list(request.distributions(older)) == ["guest", "tools"]
+
+
+def test_a_recipe_may_name_other_tools(default: Recipe, repository: Path) -> None:
+    snapshot = replace(default.distribution, mirror="http://snapshot/1", security_mirror=None)
+    other = replace(default, tools=snapshot)
+    assert request.distributions(other)["tools"] is snapshot
+    assert request.groups(other, repository)["stage0"].archives == "tools"
+    assert request.identity(other, repository) != request.identity(default, repository)
+
+
+def test_the_archives_of_ubuntu(default: Recipe, repository: Path,
+                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request, "host_archive", lambda _distribution: {})
+    focal = change(default, "distribution", **UBUNTU, security_mirror="http://security.invalid/u",
+                   fallback_mirror="http://archive.invalid/u")
+    main, security = request.archives(focal.distribution, repository)
+    assert (main.uri, main.suites) == ("http://archive.invalid/u", ("focal", "focal-updates"))
+    assert (security.uri, security.suites) == ("http://security.invalid/u", ("focal-security",))
+    assert main.components == ("main", "restricted", "universe", "multiverse")
+    assert main.keyring == str(repository / "keys/ubuntu/archive-2018.asc")
+
+
+def test_a_keyring_that_is_not_on_this_host(default: Recipe, repository: Path) -> None:
+    other = change(default, "distribution", keyring="/nowhere/debian.gpg")
+    with pytest.raises(UserError, match=r"keyring /nowhere/debian\.gpg of .* is not there"):
+        request.request(other, repository)
+
+
 @pytest.mark.parametrize("more", [
     ("driver", {"version": "550.1"}), ("driver", {"kernel_module": KernelModule.CLOSED}),
     ("rootfs", {"packages": ("curl",)}), ("distribution", {"suite": "bookworm"}),
@@ -244,11 +298,11 @@ def test_archives(
     monkeypatch.setattr(request, "host_archive", lambda _distribution: host)
     wanted = change(default, "distribution", mirror=mirror, fallback_mirror="http://fallback/debian",
                     security_mirror="http://security/")
-    found = request.archives(wanted)
+    found = request.archives(wanted.distribution, Path("/repository"))
     assert [(one.uri, one.suites) for one in found] == [
         (main, ("trixie", "trixie-updates")), (security, ("trixie-security",))]
     assert all("non-free" in one.components for one in found)
     without = change(wanted, "distribution", security_mirror=None, mirror="http://snapshot/1")
     monkeypatch.setattr(request, "host_archive", lambda _distribution: {})
-    assert [(one.uri, one.suites) for one in request.archives(without)] == [
+    assert [(one.uri, one.suites) for one in request.archives(without.distribution, Path("/"))] == [
         ("http://snapshot/1", ("trixie",))]

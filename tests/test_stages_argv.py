@@ -157,6 +157,9 @@ def test_roots_come_from_the_local_repository_alone(tmp_path: Path, slim: bool) 
     assert "--include=apt,bash" in argv
     assert argv[-2:] == ["/katagpu/target", "deb [trusted=yes] copy:/katagpu/repository ./"]
     assert ("--dpkgopt=path-include=/usr/share/doc/*/copyright" in argv) is slim
+    hooks = [word for word in argv if "-hook=" in word]
+    assert "--setup-hook=for name in bin sbin lib lib64;" in hooks[0]
+    assert len(hooks) == (3 if slim else 1)  # only a root without manuals lacks their directory
     assert build.networks == [False]
 
 

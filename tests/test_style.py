@@ -27,7 +27,7 @@ LAYERS = (
      "filesystem", "agent", "nvconftest", "guestfiles", "kataconfig", "kernelorg",
      "drivermanifest", "driverparts", "runpayload", "runfile", "nvbranches", "nvcauses",
      "nvinstaller", "nvoutcome", "nvpreflight"),
-    ("check", "inside", "assembly", "packing", "harvest", "vgpu"),
+    ("check", "inside", "assembly", "packing", "harvest", "vgpu", "kconfig_spans"),
     ("stages",),
     ("plan", "guest"),
     ("artifacts", "embed", "context"),

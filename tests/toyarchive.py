@@ -20,7 +20,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-from katagpu.lock import Archive, Group, Request
+from katagpu.lock import GUEST, Archive, Group, Request
 
 NEEDED = ("apt-get", "dpkg-deb", "gpg", "gpgv")
 
@@ -147,8 +147,8 @@ class ToyArchive:
         """A request to this archive."""
         archive = Archive(uri=more.get("uri", self.base), suites=(self.suite,),
                           components=("main",), keyring=str(self.home / "test.gpg"))
-        return Request(recipe="toy", identity="x", architecture="amd64", archives=(archive,),
-                       groups=dict(groups))
+        return Request(recipe="toy", identity="x", architecture="amd64",
+                       archives={GUEST: (archive,)}, groups=dict(groups))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from katagpu import kconfig, log, patches
+from katagpu import kconfig, kconfig_spans, log, patches
 from katagpu.sandbox import Bind
 from katagpu.schema import Recipe
 from katagpu.stages.api import Build, Stage
@@ -50,9 +50,11 @@ def make_config(build: Build) -> None:
     ]
     for argv in steps:
         build.enter(argv, roots(build), binds=binds, cwd=BUILD, env={"ARCH": "x86_64"})
-    findings = kconfig.audit(
-        kconfig.load_fragments(build.file(name) for name in names), work / ".config", source_tree,
-        "x86_64", kconfig.load_allowances(build.file("allow")))
+    fragments = [build.file(name) for name in names]
+    findings = kconfig_spans.forgive(
+        kconfig.audit(kconfig.load_fragments(fragments), work / ".config", source_tree, "x86_64",
+                      kconfig.load_allowances(build.file("allow"))),
+        fragments, kconfig.kernel_version(source_tree), source_tree, "x86_64")
     for finding in findings:
         if not finding.fatal:
             log.note(f"kernel_config: {finding.message}")

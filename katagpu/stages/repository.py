@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,4 +50,18 @@ def control_of(path: Path) -> Deb822:
     from debian.debfile import DebFile
 
     with path.open("rb") as stream, DebFile(fileobj=stream) as deb:
+        if "control.tar.zst" in deb.getnames():
+            return _zstd_control(deb.getmember("control.tar.zst").read())
         return deb.debcontrol()
+
+
+def _zstd_control(archive: bytes) -> Deb822:
+    """As Ubuntu packs since 21.10. python-debian would call unzstd(1), which not every host has."""
+    import zstandard
+    from debian.deb822 import Deb822
+
+    content = zstandard.ZstdDecompressor().decompressobj().decompress(archive)
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        control = tar.extractfile("./control")
+        assert control is not None
+        return Deb822(control.read())

@@ -29,6 +29,14 @@ SLIM = ("path-exclude=/usr/share/doc/*", "path-include=/usr/share/doc/*/copyrigh
         "path-exclude=/usr/share/bug/*", "path-exclude=/usr/share/bash-completion/*",
         "path-exclude=/usr/share/zoneinfo/*", "path-include=/usr/share/zoneinfo/Etc/UTC")
 
+# Every guest has /bin, /sbin and /lib as links into /usr. Newer suites' base-files brings them
+# (Debian 13, Ubuntu 24.10); in older ones the installer makes them before anything is unpacked.
+MERGED = ('for name in bin sbin lib lib64; do mkdir -p "$1/usr/$name"; '
+          'ln -s "usr/$name" "$1/$name"; done')
+# dash up to 0.5.10 (Ubuntu 20.04) cannot be configured without a directory for manuals.
+MANUALS = ('mkdir -p "$1/usr/share/man/man1"',
+           'rmdir --ignore-fail-on-non-empty "$1/usr/share/man/man1"')
+
 
 def stage0(lock: Lock) -> Stage:
     """A root with the pinned mmdebstrap, made by the host's."""
@@ -60,10 +68,13 @@ def layer(lock: Lock, name: str, title: str, on: Sequence[Ref], *, slim: bool = 
 
 def _mmdebstrap(names: Sequence[str], dpkg: Sequence[str], target: str, source: str) -> list[str]:
     options = [f"--dpkgopt={option}" for option in dpkg]
+    hooks = [f"--setup-hook={MERGED}"]
+    if dpkg:
+        hooks += [f"--setup-hook={MANUALS[0]}", f"--customize-hook={MANUALS[1]}"]
     return ["mmdebstrap", "--mode=root", "--format=directory", "--variant=custom",
             f"--include={','.join(names)}", "--aptopt=Acquire::Languages none",
             "--aptopt=APT::Install-Recommends false", "--aptopt=APT::Sandbox::User root",
-            "--dpkgopt=force-unsafe-io",
+            "--dpkgopt=force-unsafe-io", *hooks,
             "--skip=check/qemu,output/mknod", *options, "", target, source]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from katagpu.fetch import Job, fetch_all
-from katagpu.lock import Archive, Deb, Group, Request, host_archive, resolve
+from katagpu.lock import GUEST, Archive, Deb, Group, Request, host_archive, resolve
 
 CACHE = Path(os.environ.get("NVRUN_CACHE") or Path(
     os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "katagpu-nvrun")
@@ -70,7 +70,7 @@ def packages(suite: Suite, cache: Path, *, graphics: bool = False,
         archive = Archive(uri=uri, suites=(suite.name,), components=("contrib", "non-free",
                           "non-free-firmware"), keyring=KEYRING)
         lock = resolve(Request(recipe=suite.name, identity="", architecture=architecture,
-                               archives=(archive,), groups={"driver": Group(packages=names,
+                               archives={GUEST: (archive,)}, groups={"driver": Group(packages=names,
                                                                             alone=True)}),
                        cache / f"apt-{suite.name}-{architecture}")
         debs = [(deb, cache / "debs" / f"{deb.sha256}.deb") for deb in lock.group("driver")]
