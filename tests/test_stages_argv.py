@@ -88,8 +88,20 @@ def deb(package: str) -> Deb:
                size=1, sha256="0" * 64)
 
 
-def test_kernel_is_built_for_x86_64_with_fixed_stamps(default: Recipe, tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+NEW = [["make", "ARCH=x86_64", "run-command",
+        "KBUILD_RUN_COMMAND=$(srctree)/scripts/package/mkdebian"],
+       ["make", "-f", "debian/rules", "-o", "build-arch", "binary-headers"]]
+OLD = [["make", "ARCH=x86_64", "-j7", "bindeb-pkg"]]
+
+
+@pytest.mark.parametrize(("makefile", "packaging"), [
+    ("all:\n\nPHONY += run-command\nrun-command:\n", NEW), ("all:\n", OLD)],
+    ids=["6.12", "5.15"])
+def test_kernel_is_built_for_x86_64_with_fixed_stamps(
+        default: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, makefile: str,
+        packaging: list[list[str]]) -> None:
+    (tmp_path / "linux").mkdir()
+    (tmp_path / "linux/Makefile").write_text(makefile)
     monkeypatch.setattr("katagpu.stages.kernel.tree", lambda build: build.directory("linux"))
     monkeypatch.setattr("katagpu.stages.kernel.jobs", lambda: 7)
     monkeypatch.setattr("katagpu.check.elf.read_build_id", lambda path: "12ab")
@@ -101,7 +113,7 @@ def test_kernel_is_built_for_x86_64_with_fixed_stamps(default: Recipe, tmp_path:
             for name in ("arch/x86/boot/bzImage", "vmlinux", "System.map", "Module.symvers"):
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
                 (work / name).touch()
-        if "binary-headers" in argv:
+        if "binary-headers" in argv or "bindeb-pkg" in argv:
             (work.parent / "linux-headers-6.12.9-nvidia-gpu_1_amd64.deb").touch()
         build.directory("out/modules/usr/lib/modules/6.12.9-nvidia-gpu")
 
@@ -115,9 +127,7 @@ def test_kernel_is_built_for_x86_64_with_fixed_stamps(default: Recipe, tmp_path:
         ["make", "ARCH=x86_64", "-j7", "-s", "kernelrelease"],
         ["make", "ARCH=x86_64", "-j7", "modules_install",
          "INSTALL_MOD_PATH=/katagpu/out/modules/usr", "INSTALL_MOD_STRIP=1", "DEPMOD=true"],
-        ["make", "ARCH=x86_64", "run-command",
-         "KBUILD_RUN_COMMAND=$(srctree)/scripts/package/mkdebian"],
-        ["make", "-f", "debian/rules", "-o", "build-arch", "binary-headers"],
+        *packaging,
     ]
     first = build.environments[0]
     assert first["KBUILD_BUILD_VERSION"] == "1" and first["KBUILD_BUILD_USER"] == "katagpu"
@@ -126,7 +136,7 @@ def test_kernel_is_built_for_x86_64_with_fixed_stamps(default: Recipe, tmp_path:
     assert set(build.outputs) == set(build.stage.outputs)
     record = tmp_path / "out/modules/usr/lib/modules/6.12.9-nvidia-gpu/kernel-build-id"
     assert record.read_text() == "12ab\n"
-    assert build.networks == [False] * 6
+    assert build.networks == [False] * (4 + len(packaging))
 
 
 def test_a_configuration_that_changes_while_building_is_an_error(

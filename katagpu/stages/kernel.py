@@ -100,12 +100,15 @@ def headers(build: Build, work: Path, binds: Sequence[Bind], env: Mapping[str, s
     debian = {"KDEB_PKGVERSION": str(build.options["package_version"]), "KDEB_COMPRESS": "xz",
               "KDEB_CHANGELOG_DIST": "stable", "DEBFULLNAME": "katagpu",
               "DEBEMAIL": "katagpu@localhost", **fixed}
-    build.enter(["make", ARCH, "run-command",
-                 "KBUILD_RUN_COMMAND=$(srctree)/scripts/package/mkdebian"], roots(build),
-                binds=binds, env=debian, cwd=BUILD)
-    # build-arch is what was built above; binary-headers alone makes the one package.
-    build.enter(["make", "-f", "debian/rules", "-o", "build-arch", "binary-headers"], roots(build),
-                binds=binds, env=debian, cwd=BUILD)
+    # build-arch is what was built above; binary-headers alone makes the one package. Older kernels
+    # (5.15, 6.1) have neither target: their bindeb-pkg makes every package.
+    steps = [["make", ARCH, "run-command",
+              "KBUILD_RUN_COMMAND=$(srctree)/scripts/package/mkdebian"],
+             ["make", "-f", "debian/rules", "-o", "build-arch", "binary-headers"]]
+    if "\nrun-command:" not in (tree(build) / "Makefile").read_text():
+        steps = [["make", ARCH, f"-j{jobs()}", "bindeb-pkg"]]
+    for argv in steps:
+        build.enter(argv, roots(build), binds=binds, env=debian, cwd=BUILD)
     (deb,) = sorted(work.parent.glob(f"linux-headers-{release}_*.deb"))
     build.put_file("headers", deb)
     if "rpm_tools" in build.inputs:
