@@ -658,3 +658,55 @@ def test_all_of_this_as_an_ordinary_user(user: str, repository: Path) -> None:
     assert "passed" in ran.stdout
     if (home / "basetemp").exists():
         subprocess.run(["rm", "-rf", home / "basetemp"], check=True)
+
+
+FAKES = """
+set -e
+mount -t tmpfs host /sys
+mkdir -p /sys/bus/pci/devices/0000:01:00.0 /sys/bus/pci/drivers/nouveau /sys/module/nouveau
+ln -s ../../drivers/nouveau /sys/bus/pci/devices/0000:01:00.0/driver
+mkdir -p /sys/firmware/efi/efivars /sys/fs/selinux
+printf '\\006\\000\\000\\000\\001' > /sys/firmware/efi/efivars/SecureBoot-8be4df61
+echo 1 > /sys/fs/selinux/enforce
+mount -t tmpfs host /tmp
+echo $$ > /tmp/.X0-lock
+echo 'nvidia-uvm 9 0 - Live' > /tmp/x
+for name in version modules sys/kernel/modprobe; do
+    if [ -e /proc/$name ]; then mount --bind /tmp/x /proc/$name; fi
+done
+exec "$@"
+"""
+LOOK = """
+import sys
+from pathlib import Path
+from katagpu import sandbox
+from katagpu.sandbox import Bind, Entry, Root
+place = Path(sys.argv[1])
+script = '''cd /sys; find bus/pci module firmware fs/selinux /tmp -mindepth 1 2> /dev/null
+grep -l nvidia-uvm /proc/version /proc/modules /proc/sys/kernel/modprobe 2> /dev/null
+env | grep -E 'SYSSRC|KBUILD|MAKEFLAGS|DISPLAY'; true'''
+entry = Entry(argv=["sh", "-c", script], roots=[Root(lower=(place / "base",), upper=place / "up")],
+              scratch=place / "scratch", binds=[Bind(source=Path("/usr"), target="/usr")])
+entry.scratch.mkdir()
+sys.stdout.write(sandbox.enter(entry, capture=True).stdout.decode())
+"""
+
+
+@needs_root
+def test_nothing_of_a_host_with_a_driver_is_seen(base: Path, tmp_path: Path,
+                                                 repository: Path) -> None:
+    """Loaded modules, nouveau, an X server, Secure Boot, SELinux, a developer's variables."""
+    del base
+    # /tmp is covered: what the host needs of it comes in by another name
+    work = Path("/var/tmp") / tmp_path.name
+    shutil.copytree(tmp_path / "base", work / "base", symlinks=True)
+    try:
+        found = subprocess.run(
+            ["unshare", "--mount", "--propagation", "private", "sh", "-c", FAKES, "sh",
+             sys.executable, "-c", LOOK, work], cwd=repository, capture_output=True, text=True,
+            env={**os.environ, "SYSSRC": "/usr/src/linux", "KBUILD_OUTPUT": "/x", "DISPLAY": ":0",
+                 "MAKEFLAGS": "-j1"})
+    finally:
+        sandbox.remove(work)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout == ""

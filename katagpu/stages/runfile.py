@@ -13,16 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from katagpu import keys, log, nvbranches, runfile, vgpu
+from katagpu import keys, log, nvbranches, nvoutcome, runfile, vgpu
 from katagpu.download import Gone
-from katagpu.errors import UserError
+from katagpu.errors import StepError, UserError
 from katagpu.fetch import Job, fetch_all
+from katagpu.nvcauses import Kind
 from katagpu.run import run
 from katagpu.schema import KernelModule, Recipe
 from katagpu.stages import driver
 from katagpu.stages.api import Build, Stage
 from katagpu.stages.layers import RUN
-from katagpu.store import Kind, writing
+from katagpu.store import Kind as Output
+from katagpu.store import writing
 
 MODULE = "stages.runfile"
 # Where NVIDIA keeps drivers by version: for workstations, and for data centres.
@@ -52,7 +54,7 @@ def package(recipe: Recipe, root: Path) -> Stage:
         patterns = DOWNLOADS if given.url is None else (given.url,)
         options["urls"] = [pattern.format(version=version) for pattern in patterns]
     return Stage(name="driver_package", title=f"NVIDIA driver {version} (.run)", module=MODULE,
-                 make=make_package, outputs={"run": Kind.FILE, "about": Kind.FILE},
+                 make=make_package, outputs={"run": Output.FILE, "about": Output.FILE},
                  options=options, files=files, downloads=downloads, network=network)
 
 
@@ -130,8 +132,19 @@ def make_modules(build: Build) -> None:
     copy = build.directory("area") / "driver-source"
     run(["cp", "--recursive", "--preserve=mode,timestamps", "--reflink=auto", source, copy],
         log=build.log)
-    driver.compile_modules(build, copy, lambda release: nvbranches.check_kernel(
-        build.options["version"], release, flavour))
+    version = build.options["version"]
+    try:
+        driver.compile_modules(build, copy, lambda release: nvbranches.check_kernel(
+            version, release, flavour))
+    except StepError:
+        verdict = nvoutcome.judge(nvoutcome.Outcome(
+            status=1, log=build.log.read_text(errors="replace"), said="", version=version,
+            release=build.blob("release").read_text(), flavour=flavour))
+        if verdict.kind is Kind.UNKNOWN:
+            raise
+        known = verdict.error()
+        known.what += f"\n  whole log: {build.log}"
+        raise known from None
 
 
 def require_flavour(tree: Path, flavour: KernelModule) -> None:
