@@ -162,7 +162,7 @@ def _changes(context: Context) -> None:
                         ignore=shutil.ignore_patterns(*SCRATCH_LEAVES_OUT))
         place = root / context.directory.relative_to(context.root)
         place.mkdir(parents=True)
-        shutil.copy(context.lock_path, place)
+        shutil.copy(context.locks.path, place)
         build = [sys.executable, "-m", "katagpu", f"recipe={context.recipe.name}"]
         path = root / "recipes" / f"{context.recipe.name}.yaml"
         was = context.recipe.driver.kernel_module

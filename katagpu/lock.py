@@ -1,24 +1,33 @@
 """The lock: exactly which bytes a recipe's packages are, resolved by apt and signed by its keyring.
 
-apt runs on the host with a configuration of its own (empty dpkg status, own lists), so the host's
-packages do not matter; the archive's signature is checked here, and later steps trust digests.
+apt runs on the host with a configuration of its own (own lists; as installed it sees nothing, or
+the groups below), so the host's packages do not matter; the archive's signature is checked here,
+and later steps trust digests.
+
+What was resolved is kept by what was asked for (`Known`), so that the locks of a recipe's drivers
+share all that they ask for alike, however far apart they are made.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import unquote
 
 import msgspec
 
+from katagpu import log
 from katagpu.errors import UserError
 from katagpu.run import run
 from katagpu.store import writing
 
 FORMAT = 1
+# What apt must know of an installed package (deb-control(5)).
+_RELATIONS = ("Package", "Version", "Architecture", "Multi-Arch", "Essential", "Pre-Depends",
+              "Depends", "Provides", "Conflicts", "Breaks", "Replaces")
 _URI = re.compile(r"^'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})$", re.MULTILINE)
 
 
@@ -48,6 +57,23 @@ class Lock(msgspec.Struct, frozen=True, kw_only=True):
     def version(self, group: str, package: str) -> str | None:
         """The version of one package of a group."""
         return next((deb.version for deb in self.group(group) if deb.package == package), None)
+
+
+class Known(msgspec.Struct, frozen=True, kw_only=True):
+    """A group that was resolved.
+
+    `installed` is what dpkg's status says of each of its packages, for groups that stand on it.
+    """
+
+    debs: tuple[Deb, ...]
+    installed: dict[str, str] = {}
+
+
+class Resolved(msgspec.Struct, frozen=True, kw_only=True):
+    """All that was resolved for a recipe, by the digest of what was asked for."""
+
+    groups: dict[str, Known]
+    format: int = FORMAT
 
 
 class Archive(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,28 +107,41 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a lock answers."""
+    """All that a lock answers. `digests` say of each group what it and those below ask for."""
 
     recipe: str
     identity: str
     architecture: str
     archives: tuple[Archive, ...]
     groups: dict[str, Group]
+    digests: dict[str, str] = {}
+
+
+Form = TypeVar("Form", Lock, Resolved)
 
 
 def read(path: Path) -> Lock | None:
     """The lock in a file, or None where there is none (or one of an older format)."""
+    return _read(path, Lock)
+
+
+def read_resolved(path: Path) -> Resolved | None:
+    """What was resolved for a recipe, or None where nothing was (or in an older format)."""
+    return _read(path, Resolved)
+
+
+def _read(path: Path, kind: type[Form]) -> Form | None:
     try:
-        lock = msgspec.json.decode(path.read_bytes(), type=Lock)
+        found = msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None
     except msgspec.DecodeError as bad:
         raise UserError(f"{path} is not a lock: {bad}", hint="remove it, and run ./doitw lock") \
             from None
-    return lock if lock.format == FORMAT else None
+    return found if found.format == FORMAT else None
 
 
-def write(lock: Lock, path: Path) -> None:
+def write(lock: Lock | Resolved, path: Path) -> None:
     """Write a lock as text that can be reviewed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -169,9 +208,37 @@ class Apt:
         if status != 0:
             raise UserError(f"the package lists could not be fetched:\n{said}", hint=_cure(said))
 
-    def closure(self, packages: Iterable[str]) -> dict[str, Deb]:
-        """What installing these packages on nothing fetches, by file name."""
-        return self._debs("install", "-y", *packages)
+    def closure(self, packages: Iterable[str],
+                installed: Mapping[str, str] | None = None) -> dict[str, Deb]:
+        """What installing these packages fetches, by file name.
+
+        `installed` are stanzas of dpkg's status by package: what is there already; else nothing is.
+        """
+        status = self.directory / "installed"
+        status.write_text("\n".join((installed or {}).values()))
+        # apt's cache of it goes by times in whole seconds, and is not kept.
+        on = (["-o", f"Dir::State::status={status}", "-o", "Dir::Cache::pkgcache="]
+              if installed else [])
+        return self._debs(*on, "install", "-y", *packages)
+
+    def installed(self, debs: Sequence[Deb]) -> dict[str, str]:
+        """Stanzas of dpkg's status for these packages, as if they were installed."""
+        if not debs:
+            return {}
+        _status, out, _said = self._run("apt-cache", "show", *(deb.package for deb in debs))
+        listed = {(stanza["Package"], stanza["Version"]): stanza for stanza in map(
+            _stanza, out.split("\n\n")) if {"Package", "Version"} <= set(stanza)}
+        gone = [deb.package for deb in debs if (deb.package, deb.version) not in listed]
+        if gone:
+            log.note(f"lock: the archive has other versions now of {', '.join(gone[:5])}"
+                     f"{' …' if len(gone) > 5 else ''}; what they provide is not known")
+        found = {}
+        for deb in debs:
+            stanza = listed.get((deb.package, deb.version)) or {
+                "Package": deb.package, "Version": deb.version, "Architecture": deb.architecture}
+            found[deb.package] = "Status: install ok installed\n" + "".join(
+                f"{name}: {stanza[name]}\n" for name in _RELATIONS if name in stanza)
+        return found
 
     def candidates(self, packages: Iterable[str]) -> dict[str, Deb]:
         """These packages alone, by file name."""
@@ -238,25 +305,49 @@ def _cure(said: str) -> str:
     return "is the network there? the host's apt configuration and proxies are used"
 
 
-def resolve(request: Request, directory: Path) -> Lock:
-    """Resolve a request with apt below `directory`. Needs the network."""
+def _stanza(text: str) -> dict[str, str]:
+    """The fields of a control stanza; folded lines are joined."""
+    lines = re.sub(r"\n[ \t]+", " ", text.strip()).splitlines()
+    return {name: value.strip() for name, mark, value in
+            (line.partition(":") for line in lines) if mark}
+
+
+def resolve(request: Request, directory: Path, known: dict[str, Known] | None = None) -> Lock:
+    """Resolve a request with apt below `directory`. Needs the network where not all is known.
+
+    `known` is what was resolved before, by digest: it is taken as it is, what is missing is
+    resolved on top of it and added.
+    """
+    known = {} if known is None else known
+    keys = {name: request.digests.get(name, name) for name in request.groups}
+    missing = [name for name, key in keys.items() if key not in known]
     apt = Apt(directory, request.archives, request.architecture)
-    apt.update()
-    found: dict[str, dict[str, Deb]] = {}
+    if missing:
+        apt.update()
+    stood_on = {other for name in missing for other in _below(request, request.groups[name])}
     for name, group in request.groups.items():
-        if group.alone:
-            found[name] = apt.candidates(group.packages)
-            continue
-        below = _below(request, group)
-        stack = (group, *(request.groups[other] for other in below))
+        if name in missing:
+            below = {package: stanza for other in reversed(_below(request, group))
+                     for package, stanza in known[keys[other]].installed.items()}
+            known[keys[name]] = Known(debs=_group(apt, request, group, below))
+        found = known[keys[name]]
+        if name in stood_on and not found.installed:
+            known[keys[name]] = Known(debs=found.debs, installed=apt.installed(found.debs))
+    return Lock(recipe=request.recipe, request=request.identity,
+                groups={name: known[key].debs for name, key in keys.items()})
+
+
+def _group(apt: Apt, request: Request, group: Group, below: Mapping[str, str]) -> tuple[Deb, ...]:
+    """The packages of one group, sorted by name; `below` are those of the groups that it is on."""
+    if group.alone:
+        debs = apt.candidates(group.packages)
+    else:
+        # Packages at hand are not in the status: what is on them is installed with them.
+        stack = (group, *(request.groups[other] for other in _below(request, group)))
         local = [deb.path for one in stack for deb in one.files]
-        wanted = [*(package for one in stack for package in one.packages), *local]
-        there = {file for other in below for file in found[other]}
-        found[name] = {file: deb for file, deb in apt.closure(wanted).items()
-                       if file not in there and deb.url.removeprefix("file:") not in local}
-    groups = {name: tuple(sorted(debs.values(), key=lambda deb: deb.package))
-              for name, debs in found.items()}
-    return Lock(recipe=request.recipe, request=request.identity, groups=groups)
+        debs = {file: deb for file, deb in apt.closure([*group.packages, *local], below).items()
+                if deb.url.removeprefix("file:") not in local}
+    return tuple(sorted(debs.values(), key=lambda deb: deb.package))
 
 
 def _below(request: Request, group: Group) -> list[str]:

@@ -23,10 +23,12 @@ END = "<!-- end of fields -->"
 def tables() -> str:
     """A table for the recipe itself, and one for each section."""
     parts = [_table("Top level", Recipe)]
+    shown: set[type[Section]] = set()
     for field in msgspec.structs.fields(Recipe):
         section = next((arm for arm in _arms(field.type) if isinstance(arm, type)
                         and issubclass(arm, Section)), None)
-        if section is not None:
+        if section is not None and section not in shown:
+            shown.add(section)
             parts.append(_table(f"`{field.name}`", section))
     return "\n\n".join(parts)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from msgspec import to_builtins
 
 from katagpu.keys import digest, file_digest
-from katagpu.lock import FORMAT, Archive, Group, LocalDeb, Request, host_archive
+from katagpu.lock import FORMAT, Archive, Deb, Group, LocalDeb, Lock, Request, host_archive
 from katagpu.schema import (
     Capability,
     DriverSource,
@@ -109,16 +110,41 @@ def _suites(suite: str, maintained: bool) -> tuple[str, ...]:
     return (suite, f"{suite}-updates") if maintained else (suite,)
 
 
-def identity(recipe: Recipe, root: Path) -> str:
-    """Digest of what a recipe asks for; where this host has it is not part of that."""
+def _asked(recipe: Recipe, root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a recipe asks for, without where this host has it: for all groups, and for each."""
     wanted = to_builtins(groups(recipe, root))
     for group in wanted.values():
         group["files"] = [deb["sha256"] for deb in group["files"]]
-    return digest({"format": FORMAT, "distribution": to_builtins(recipe.distribution),
-                   "groups": wanted})
+    return {"format": FORMAT, "distribution": to_builtins(recipe.distribution)}, wanted
+
+
+def identity(recipe: Recipe, root: Path) -> str:
+    """Digest of what a recipe asks for; where this host has it is not part of that."""
+    head, wanted = _asked(recipe, root)
+    return digest({**head, "groups": wanted})
+
+
+def digests(recipe: Recipe, root: Path) -> dict[str, str]:
+    """For each group the digest of what it and the groups below it ask for.
+
+    Locks of one recipe share the groups for which these are equal.
+    """
+    head, wanted = _asked(recipe, root)
+    chains: dict[str, list[Any]] = {}
+    for name, group in wanted.items():
+        chains[name] = [group, *chains.get(group["on"], [])]
+    return {name: digest({**head, "chain": chain}) for name, chain in chains.items()}
+
+
+def outline(recipe: Recipe, root: Path) -> Lock:
+    """Stands for a lock that is not made yet: one package for each group, named by its digest."""
+    return Lock(recipe=recipe.name, request="", groups={
+        name: (Deb(package=name, version=asked, architecture="all", url="", size=0, sha256=asked),)
+        for name, asked in digests(recipe, root).items()})
 
 
 def request(recipe: Recipe, root: Path) -> Request:
     """The whole request of a recipe, with the addresses for this host."""
     return Request(recipe=recipe.name, identity=identity(recipe, root), architecture="amd64",
-                   archives=archives(recipe), groups=groups(recipe, root))
+                   archives=archives(recipe), groups=groups(recipe, root),
+                   digests=digests(recipe, root))

@@ -175,7 +175,7 @@ class Driver(Section, frozen=True, kw_only=True):
     source: Annotated[DriverSource, Meta(description=(
         "`debian`: the suite's packages; `none`: a guest without a driver"))]
     version: Annotated[DriverVersion | None, Meta(description=(
-        "NVIDIA's version, for example `\"550.163.01\"`; `./doitw driver=VERSION` overrides it"))
+        "NVIDIA's version, for example `\"550.163.01\"`; `./doitw driver=VERSION` takes another"))
     ] = None
     kernel_module: Annotated[KernelModule, Meta(description=(
         "`open` needs a GPU of Turing or later; `closed` is the proprietary module"))
@@ -245,6 +245,9 @@ class Recipe(Section, frozen=True, kw_only=True):
     distribution: Distribution
     kernel: Kernel
     driver: Driver
+    other_drivers: Annotated[tuple[Driver, ...], Meta(description=(
+        "more sections like `driver`, each with a version of its own: `./doitw driver=VERSION` "
+        "takes one of them, `driver=all` builds a guest with each"))] = ()
     toolkit: Toolkit
     agent: Annotated[Agent | None, Meta(description=(
         "without it the image boots, but Kata cannot use it"))] = None
