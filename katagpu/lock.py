@@ -296,7 +296,8 @@ def _deb(match: re.Match[str]) -> Deb:
 
 
 def _cure(said: str) -> str:
-    if "NO_PUBKEY" in said or "not signed" in said or "signatures were invalid" in said:
+    if any(word in said for word in ("NO_PUBKEY", "not signed", "no longer signed",
+                                     "signatures were invalid")):
         return "the recipe's keyring does not sign this archive: install the distribution's keyring"
     if "is expired" in said or "not valid yet" in said:
         return "the archive's Release file is out of date: use another mirror, or mend the clock"
