@@ -19,7 +19,7 @@ from katagpu.stages.api import Stage
 from katagpu.store import Store, default_root, writing
 
 DEFAULT = "debian-trixie"
-PARAMETERS = ("recipe", "driver", "all", "ccache")
+PARAMETERS = ("recipe", "driver", "all", "json", "ccache")
 
 
 class Context:

@@ -245,6 +245,36 @@ def why() -> Task:
                  pos_arg="names")
 
 
+def diff() -> Task:
+    """Compare two builds."""
+
+    def show(places: list[str]) -> None:
+        from katagpu import compare, compare_text, finished
+
+        if len(places) != 2:
+            there = ", ".join(finished.builds(ROOT)) or "none; ./doitw build_image makes one"
+            raise UserError(f"diff compares two builds, and here are {len(places)}: "
+                            "./doitw diff A B", hint=f"builds below out/: {there}")
+        context = _context()
+        builds = [finished.read(*finished.find(place, ROOT, context.recipe.name))
+                  for place in places]
+        found = compare.compare(*builds)
+        if _is_set(context, "json"):
+            import json
+
+            sys.stdout.write(json.dumps(compare.as_json(found), indent=1) + "\n")
+            return
+        for line in compare_text.text(found, everything=_is_set(context, "all")):
+            sys.stdout.write(line + "\n")
+
+    return plain(show, "say what differs between two builds: diff A B (all=1: all; json=1)",
+                 pos_arg="places")
+
+
+def _is_set(context: Context, name: str) -> bool:
+    return context.values.get(name, "0") != "0"
+
+
 def cache() -> Iterator[Task]:
     """The store's own tasks."""
     from katagpu import storetasks
@@ -283,7 +313,7 @@ def test() -> Task:
     """The fast suite, then the default build and its checks; with all=1 everything."""
 
     def run() -> None:
-        everything = _context().values.get("all", "0") != "0"
+        everything = _is_set(_context(), "all")
         log.say("> the test suite" + (", with the long tests" if everything else ""))
         chosen = [] if everything else ["-m", "not slow"]
         _call(["pytest", "-q", "tests", "--ignore=tests/default", *chosen], "the suite failed")
