@@ -187,5 +187,5 @@ def _folded(changes: Sequence[FileChange]) -> Iterator[str]:
         if top not in whole:
             yield _file(rows[top][0])
             continue
-        yield (f"{SIGNS[rows[top][0].how]} {_signed(deltas[top]):>10}  {_plain(top)}/ "
-               f"({len(rows[top]) - 1} in it)")
+        inner = f" ({len(rows[top]) - 1} in it)" if len(rows[top]) > 1 else ""
+        yield f"{SIGNS[rows[top][0].how]} {_signed(deltas[top]):>10}  {_plain(top)}/{inner}"

@@ -39,7 +39,8 @@ OUTPUTS = {
     "kernel_config": ["config"],
     "kernel": ["vmlinuz", "vmlinux", "system_map", "headers"],
     "driver_modules": ["modules"], "driver_user": ["layer"], "toolkit": ["layer"],
-    "rootfs": ["report"], "image": ["image", "sizes"], "initrd": ["image"],
+    "rootfs": ["report"], "image": ["image", "sizes", "files"],
+    "initrd": ["image"],
     "kata_config": ["config"], "manifest": ["manifest"],
 }
 NEEDS = {
