@@ -47,8 +47,7 @@ class Locks:
         shared = lock.read_resolved(self.shared)
         known = {} if shared is None else shared.groups
         fits = all(known[asked].debs == found.group(name)
-                   for name, asked in request.digests(self.recipe, self.root).items()
-                   if asked in known)
+                   for name, asked in self.asked().items() if asked in known)
         return found if fits else None
 
     def make(self, apt: Path, *, anew: bool) -> None:
@@ -71,9 +70,9 @@ class Locks:
         lock.resolve(replace(wanted, groups=shared), apt, known)
         lock.write(Resolved(groups=known), self.shared)
 
-    def asked(self) -> set[str]:
-        """The digests of all groups that the guest asks for."""
-        return set(request.digests(self.recipe, self.root).values())
+    def asked(self) -> dict[str, str]:
+        """For each group that the guest asks for the digest of what is asked."""
+        return request.digests(self.recipe, self.root)
 
     def _known(self) -> dict[str, Known]:
         shared = lock.read_resolved(self.shared)

@@ -15,6 +15,7 @@ from pathlib import Path
 from katagpu import log, receipt, recipe
 from katagpu.context import Context
 from katagpu.errors import KatagpuError, UserError
+from katagpu.lock import Deb
 from katagpu.reporter import Ended
 from katagpu.schema import DriverSource
 from katagpu.stages.api import Stage
@@ -114,8 +115,16 @@ class Guests:
     # locks
 
     def locked(self) -> bool:
-        """Do all guests have their locks?"""
-        return all(context.locked() is not None for context in self.contexts)
+        """Do all guests have their locks, and these the same packages where they ask alike?"""
+        known: dict[str, tuple[Deb, ...]] = {}
+        for context in self.contexts:
+            found = context.locked()
+            if found is None:
+                return False
+            for name, asked in context.locks.asked().items() if self.all else ():
+                if known.setdefault(asked, found.group(name)) != found.group(name):
+                    return False
+        return True
 
     def lock(self, *, anew: bool) -> list[KatagpuError]:
         """Resolve what all guests share once, then the rest of each; what kept some from it.
@@ -130,7 +139,8 @@ class Guests:
         with first.resolving() as apt:
             if not anew and self.locked():
                 return []
-            shared = set.intersection(*(context.locks.asked() for context in self.contexts))
+            shared = set.intersection(*(set(context.locks.asked().values())
+                                        for context in self.contexts))
             with log.step(f"lock: resolve what all guests of {first.recipe.name} share"):
                 first.locks.make_shared(apt, shared, anew=anew)
         refused = []

@@ -186,6 +186,26 @@ def test_guests_that_were_locked_apart_come_together(
     assert found[0].group("base") == found[1].group("base")
 
 
+def test_locks_that_were_kept_alone_and_differ_come_together(
+    archive: ToyArchive, ask: Ask, root: Path,
+) -> None:
+    place = root / "out/debian-trixie"
+    ask().lock(anew=False)
+    (first,) = locks(ask())
+    (place / "550.1/lock.json").rename(root / "kept.json")
+    moves_on(archive)
+    (place / SHARED).unlink()
+    ask("535.2").lock(anew=False)
+    (place / SHARED).unlink()
+    (root / "kept.json").rename(place / "550.1/lock.json")
+    assert locks(ask())[0].group("base") != locks(ask("535.2"))[0].group("base")
+    assert ask("all").locked() is False
+    ask("all").lock(anew=False)
+    found = locks(ask("all"))
+    assert found[0] == first
+    assert found[1].group("base") == first.group("base")
+
+
 def test_a_driver_that_the_archive_lacks_keeps_no_other_from_its_lock(
     archive: ToyArchive, ask: Ask,
 ) -> None:
