@@ -25,9 +25,10 @@ from katagpu.run import run
 from katagpu.store import writing
 
 FORMAT = 1
-# What apt must know of an installed package (deb-control(5)).
-_RELATIONS = ("Package", "Version", "Architecture", "Multi-Arch", "Essential", "Pre-Depends",
-              "Depends", "Provides", "Conflicts", "Breaks", "Replaces")
+# What apt must know of an installed package (deb-control(5)); it takes one of the same version for
+# another where the size or a relation is not that of its lists.
+_RELATIONS = ("Package", "Version", "Architecture", "Multi-Arch", "Essential", "Installed-Size",
+              "Pre-Depends", "Depends", "Provides", "Conflicts", "Breaks", "Replaces")
 _URI = re.compile(r"^'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})$", re.MULTILINE)
 
 
@@ -212,14 +213,15 @@ class Apt:
                 installed: Mapping[str, str] | None = None) -> dict[str, Deb]:
         """What installing these packages fetches, by file name.
 
-        `installed` are stanzas of dpkg's status by package: what is there already; else nothing is.
+        `installed` are stanzas of dpkg's status by package: what is there already, and stays as it
+        is unless another package needs it newer; without, nothing is.
         """
         status = self.directory / "installed"
         status.write_text("\n".join((installed or {}).values()))
         # apt's cache of it goes by times in whole seconds, and is not kept.
         on = (["-o", f"Dir::State::status={status}", "-o", "Dir::Cache::pkgcache="]
               if installed else [])
-        return self._debs(*on, "install", "-y", *packages)
+        return self._debs(*on, "install", "-y", "--no-upgrade", *packages)
 
     def installed(self, debs: Sequence[Deb]) -> dict[str, str]:
         """Stanzas of dpkg's status for these packages, as if they were installed."""
