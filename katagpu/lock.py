@@ -63,7 +63,7 @@ class Lock(msgspec.Struct, frozen=True, kw_only=True):
 class Known(msgspec.Struct, frozen=True, kw_only=True):
     """A group that was resolved.
 
-    `installed` is what dpkg's status says of each of its packages, for groups that stand on it.
+    `installed` is what dpkg's status says of each package once it is there, for groups on this one.
     """
 
     debs: tuple[Deb, ...]
@@ -334,7 +334,8 @@ def resolve(request: Request, directory: Path, known: dict[str, Known] | None = 
                      for package, stanza in known[keys[other]].installed.items()}
             known[keys[name]] = Known(debs=_group(apt, request, group, below))
         found = known[keys[name]]
-        if name in stood_on and not found.installed:
+        # Of every group that is resolved now: another run may ask for something on it.
+        if (name in missing or name in stood_on) and not (group.alone or found.installed):
             known[keys[name]] = Known(debs=found.debs, installed=apt.installed(found.debs))
     return Lock(recipe=request.recipe, request=request.identity,
                 groups={name: known[key].debs for name, key in keys.items()})
