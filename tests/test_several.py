@@ -111,6 +111,32 @@ def test_what_all_share_fails_once(toy: ToyRepository) -> None:
     assert summary(err) == [["550.163.01", "failed"], ["535.216.01", "failed"]]
 
 
+@pytest.mark.parametrize("absent", ["535.216.01", "550.163.01"])
+def test_a_driver_that_the_archive_lacks(toy: ToyRepository, absent: str) -> None:
+    for path in toy.out.parent.glob("*/lock.json"):
+        path.unlink()
+    status, _out, err = toy.run("driver=all", TOY_ABSENT=absent)
+    assert status == 1, err
+    assert err.count("error: ") == 1
+    assert f"error: lock@{absent}: the archive lacks {absent}\n  hint: another one" in err
+    ended = {words[0]: words[1] for words in summary(err)}
+    assert ended.pop(absent) == "failed"
+    assert list(ended.values()) == ["built"]
+    assert set(toy.made()) == OWN | SHARED
+    status, _out, err = toy.run("driver=all", "lock", TOY_ABSENT=absent)
+    assert (status, err.count("error: ")) == (1, 1)
+    assert toy.run("driver=all", "lock", TOY_ABSENT="999")[0] == 0
+
+
+def test_no_driver_can_be_resolved(toy: ToyRepository) -> None:
+    for path in toy.out.parent.glob("*/lock.json"):
+        path.unlink()
+    status, _out, err = toy.run("driver=all", TOY_ABSENT="nvidia")  # in all packages' names
+    assert (status, err.count("error: ")) == (1, 1)
+    assert [words[1] for words in summary(err)] == ["failed", "failed"]
+    assert not toy.made()
+
+
 def test_two_failures_are_both_said_and_the_worse_is_the_status(toy: ToyRepository) -> None:
     status, _out, err = toy.run(
         "driver=all", TOY_FAIL="step:driver_modules@535.216.01,user:driver_modules@550.163.01")

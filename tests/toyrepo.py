@@ -22,10 +22,10 @@ COPIED = ("dodo.py", "katagpu", "recipes", "kernel-configs", "rootfs", "patches"
 GUEST = '''
 """Toy stages under the real names. TOY_FAIL=KIND:STAGE fails one (several with commas between
 them), STAGE@VERSION only that of a driver; TOY_PAUSE are seconds. TOY_LACKS is a package that the
-host lacks."""
+host lacks, TOY_ABSENT a driver that the archive lacks; with it, all else resolves to nothing."""
 
 import os, time
-from katagpu import hostsetup, sandbox
+from katagpu import hostsetup, lock as locking, sandbox
 from katagpu.errors import StepError, UserError
 from katagpu.stages.api import Ref, Stage
 from katagpu.store import Kind
@@ -35,6 +35,16 @@ if "TOY_LACKS" in os.environ:
 else:
     hostsetup.ensure_host = lambda: None
 sandbox.probe = lambda: None
+
+def resolve(request, _directory, known):
+    for group in request.groups.values():
+        if any(os.environ["TOY_ABSENT"] in package for package in group.packages):
+            raise UserError(f"the archive lacks {os.environ['TOY_ABSENT']}", hint="another one")
+    known.update({digest: locking.Known(debs=()) for digest in request.digests.values()})
+    return locking.Lock(recipe=request.recipe, request=request.identity, groups={})
+
+if "TOY_ABSENT" in os.environ:
+    locking.resolve = resolve
 OUTPUTS = {
     "kernel_config": ["config"],
     "kernel": ["vmlinuz", "vmlinux", "system_map", "headers"],
