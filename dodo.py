@@ -7,6 +7,7 @@ task_stages = tasks.stage_tasks
 task_setup = tasks.setup
 task_lock = tasks.lock
 task_why = tasks.why
+task_diff = tasks.diff
 task_cache = tasks.cache
 task_test = tasks.test
 task_bench = tasks.bench

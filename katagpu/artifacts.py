@@ -63,6 +63,7 @@ def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
     if recipe.image.format is ImageFormat.INITRD:
         image = (msgspec.structs.replace(initrd[0], stage="image"),)
     about = (Artifact(stage="image", output="sizes", name="sizes.json"),
+             Artifact(stage="image", output="files", name="files.mtree"),
              Artifact(stage="kata_config", output="config", name="50-katagpu.toml"),
              Artifact(stage="manifest", output="manifest", name="manifest.json"))
     return {

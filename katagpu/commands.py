@@ -15,7 +15,10 @@ from doit.doit_cmd import DoitMain
 from doit.exceptions import InvalidCommand
 
 from katagpu import log, tasks
+from katagpu.current import values
 from katagpu.errors import Status
+from katagpu.reporter import Reporter
+from katagpu.several import ALL
 
 REFUSED = 3  # doit's own status for a command line that it does not understand
 
@@ -27,8 +30,11 @@ class RunTasks(Run):  # type: ignore[misc]  # doit has no type hints
 
     def parse_execute(self, in_args: Any) -> int:
         """Run with these words of the command line."""
+        if values().get("driver") == ALL:  # a guest that fails does not stop the others
+            in_args = ["--continue", *in_args]
         try:
-            return int(super().parse_execute(in_args) or 0)
+            status = int(super().parse_execute(in_args) or 0)
+            return Reporter.worst or status  # doit's own counts what was not reached as an error
         except InvalidCommand as unknown:
             if unknown.not_found is None:
                 raise

@@ -8,9 +8,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from katagpu import artifacts, embed, guest, keys, lock, log, receipt, recipe, request
+from katagpu import artifacts, embed, guest, lock, log, receipt, recipe, request
 from katagpu.artifacts import Artifact, Outcome
-from katagpu.errors import CorruptBlob, UserError
+from katagpu.errors import CorruptBlob, KatagpuError, UserError
+from katagpu.locks import Locks
 from katagpu.plan import Plan
 from katagpu.schema import Recipe, ToolkitSource
 from katagpu.stages import final
@@ -18,7 +19,7 @@ from katagpu.stages.api import Stage
 from katagpu.store import Store, default_root, writing
 
 DEFAULT = "debian-trixie"
-PARAMETERS = ("recipe", "driver", "all", "ccache")
+PARAMETERS = ("recipe", "driver", "all", "json", "ccache")
 
 
 class Context:
@@ -39,6 +40,7 @@ class Context:
         self.values = values
         self.environment = environment
         self.store = Store(default_root())
+        self.refused: KatagpuError | None = None  # why there is no lock, where others go on
 
     @functools.cached_property
     def recipe(self) -> Recipe:
@@ -52,59 +54,60 @@ class Context:
         """Where this guest's results go."""
         return self.root / "out" / self.recipe.name / (self.recipe.driver.version or "no-driver")
 
-    @property
-    def lock_path(self) -> Path:
-        """The lock of this run: under out/, never a silent edit of a committed one.
-
-        Packages of this run alone (EXTRA_PKGS) have a lock of their own beside the recipe's.
-        """
-        extra = sorted(self.environment.get("EXTRA_PKGS", "").split())
-        return self.directory / (f"lock-{keys.digest(extra)[:12]}.json" if extra else "lock.json")
+    @functools.cached_property
+    def locks(self) -> Locks:
+        """Where the lock of this run is: under out/, never a silent edit of a committed one."""
+        return Locks(self.recipe, self.root, self.directory,
+                     self.environment.get("EXTRA_PKGS", "").split())
 
     @functools.cached_property
     def _locked(self) -> lock.Lock | None:
-        self._marks[str(self.lock_path)] = receipt.mark(self.lock_path)
-        found = lock.read(self.lock_path)
-        wanted = request.identity(self.recipe, self.root)
-        return found if found and found.request == wanted else None
+        self._marks.update(receipt.look(self.locks.files()))
+        return self.locks.find()
 
     def locked(self) -> lock.Lock | None:
         """The lock, when it answers what the recipe asks for."""
         return self._locked
 
-    def make_lock(self, *, anew: bool = True) -> None:
-        """Resolve the recipe now, and write the lock; unless `anew`, another run's will do."""
+    @contextlib.contextmanager
+    def resolving(self) -> Iterator[Path]:
+        """Be the only one who resolves packages; yields the directory for apt's lists."""
         self.store.prepare()
         waiting = functools.partial(log.note, "lock: another run is resolving packages")
         with self.store.lock("resolve", waiting), writing(self.directory):
-            self._forget()
+            self.forget()
+            yield self.store.root / "apt"
+            self.forget()
+
+    def make_lock(self, *, anew: bool = True) -> None:
+        """Resolve the recipe now, and write the lock; unless `anew`, another run's will do."""
+        with self.resolving() as apt:
             if not anew and self.locked() is not None:
                 return
             with log.step(f"lock: resolve {self.recipe.name}'s packages"):
-                wanted = request.request(self.recipe, self.root)
-                lock.write(lock.resolve(wanted, self.store.root / "apt"), self.lock_path)
-            self._forget()
-        log.note(f"lock: {os.path.relpath(self.lock_path)}; ./doitw lock resolves anew")
+                self.locks.make(apt, anew=anew)
+        log.note(f"lock: {self.locks}; ./doitw lock resolves anew")
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Read the lock anew from here on."""
         for name in ("_locked", "plan", "outcome", "embedding"):
             self.__dict__.pop(name, None)
 
     @functools.cached_property
-    def _unlocked(self) -> dict[str, Stage]:
-        empty = lock.Lock(recipe=self.recipe.name, request="", groups={})
-        return guest.stages(self.recipe, empty, self.root)
+    def outline(self) -> dict[str, Stage]:
+        """The stages by name as they are without a lock: packages stand for what is asked for."""
+        return guest.stages(self.recipe, request.outline(self.recipe, self.root), self.root)
 
     def sketch(self) -> Mapping[str, Stage]:
         """The stages by name; before there is a lock, without their packages."""
-        return self._unlocked if self.locked() is None else self.plan.stages
+        return self.outline if self.locked() is None else self.plan.stages
 
     @functools.cached_property
     def plan(self) -> Plan:
         """The plan. Raises `UserError` when the lock is not made."""
         found = self.locked()
         if found is None:
-            raise UserError("this recipe is not resolved yet", hint="./doitw lock")
+            raise self.refused or UserError("this recipe is not resolved yet", hint="./doitw lock")
         stages = guest.stages(self.recipe, found, self.root)
         for stage in stages.values():
             for path in stage.files.values():
@@ -174,23 +177,29 @@ class Context:
 
         Results that cannot be written to are left as they are.
         """
-        run = {entry.get("stage") for entry in log.record.entries}
-        for name in dict.fromkeys(each for stage in stages for each in self.plan.closure(stage)):
-            if name not in run:
-                log.record.add(stage=name, hit=True)
+        mine = {name: self.plan.digest(name) for stage in stages
+                for name in self.plan.closure(stage)}
+        found = log.Record()
+        found.entries = [entry for entry in list(log.record.entries) if "stage" not in entry
+                         or entry.get("action") == mine.get(entry["stage"], "not of this guest")]
+        run = {entry.get("stage") for entry in found.entries}
+        found.entries += [{"stage": name, "hit": True} for name in mine if name not in run]
         with contextlib.suppress(OSError):
-            log.record.write(self.directory / "build-record.json", task=task,
-                             recipe=self.recipe.name, driver=self.recipe.driver.version)
+            found.write(self.directory / "build-record.json", task=task,
+                        recipe=self.recipe.name, driver=self.recipe.driver.version)
+
+    def marks(self, task: str) -> dict[str, receipt.Mark]:
+        """The marks of all that a finished task has read and left; none where it leaves nothing.
+
+        The store has all that such a task makes, and the store must be asked.
+        """
+        wanted = artifacts.of(self.recipe, task)
+        return {**self._marks, **receipt.look(self.outcome.files(wanted))} if wanted else {}
 
     def sign(self, task: str, said: str) -> None:
-        """Write the receipt of a finished task. A run that cannot write it is only slower."""
-        wanted = artifacts.of(self.recipe, task)
-        if not wanted:  # the store has all that such a task makes, and the store must be asked
-            return
-        marks = {**self._marks, **receipt.look(self.outcome.files(wanted))}
-        with contextlib.suppress(OSError):
-            receipt.write(receipt.place(self.root, task, self.values, self.environment), said,
-                          marks)
+        """Write the receipt of a finished task."""
+        receipt.sign(receipt.place(self.root, task, self.values, self.environment), said,
+                     self.marks(task))
 
     def explain(self, task: str, known: Mapping[str, Sequence[str]]) -> Iterator[str]:
         """Hit or miss of every stage of a task, or of a stage by its own name."""

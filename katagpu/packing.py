@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from katagpu import filelist
 from katagpu.tree import Capture
 
 # The driver's libraries, wherever a distribution or NVIDIA's installer puts them.
@@ -17,16 +18,16 @@ def write_tar(root: Path, target: str) -> str:
         return Capture(root, overlay=False, drop=()).write(sink)
 
 
-def sizes(root: Path) -> dict[str, int]:
-    """Bytes by part of the guest, for the table of what takes the space."""
+def survey(root: Path, target: str) -> dict[str, int]:
+    """Write the list of all files to `target`; bytes by part of the guest, largest first."""
+    entries = filelist.scan(root)
+    Path(target).write_bytes(filelist.render(entries))
     parts: dict[str, int] = {}
-    for path in root.rglob("*"):
-        if path.is_symlink() or not path.is_file():
-            continue
-        parts_of = path.relative_to(root).parts
-        name = _part("/".join(parts_of))
-        parts[name] = parts.get(name, 0) + path.stat().st_size
-    return dict(sorted(parts.items(), key=lambda item: -item[1]))
+    for entry in entries:
+        if entry.kind is filelist.Kind.FILE:
+            name = _part(entry.path)
+            parts[name] = parts.get(name, 0) + entry.size
+    return dict(sorted(parts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _part(path: str) -> str:

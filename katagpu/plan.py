@@ -84,6 +84,11 @@ class Plan:
                 self.store.touch(digest)
             return action
 
+    def digest(self, name: str) -> str | None:
+        """The digest of the stage's action, if it is a hit."""
+        with self._lock:
+            return self._known[name][0] if self.action(name) is not None else None
+
     def forget(self) -> None:
         """Ask the store anew from here on."""
         with self._lock:
@@ -115,7 +120,9 @@ class Plan:
             action = self.store.action(digest)
             if action is None:
                 reason = self.reason(name)
-                action = self._make(name, key, reason)
+                with log.step(f"{name}: {self.stages[name].title}", stage=name, hit=False,
+                              reason=reason, action=digest):
+                    action = self._make(name, key, reason)
                 self.store.commit(digest, action)
         with self._lock:
             self._known[name] = (digest, action)
@@ -133,8 +140,7 @@ class Plan:
             self.logs.mkdir(parents=True, exist_ok=True)
             logfile.write_text("")
         started = time.monotonic()
-        with (log.step(f"{name}: {stage.title}", stage=name, hit=False, reason=reason),
-              writing(self.store.root),
+        with (writing(self.store.root),
               self.store.staging(name, sandbox.remove) as scratch):
             build = Build(stage, self.store, inputs, scratch, logfile, ccache=self.ccache)
             try:

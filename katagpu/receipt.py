@@ -60,6 +60,13 @@ def write(path: Path, said: str, marks: Mapping[str, Mark]) -> None:
     part.replace(path)
 
 
+def sign(path: Path, said: str, marks: Mapping[str, Mark]) -> None:
+    """Write a receipt where there is something to mark. A run that cannot is only slower."""
+    if marks:
+        with contextlib.suppress(OSError):
+            write(path, said, marks)
+
+
 def holds(path: Path) -> str | None:
     """What to say, if every mark still holds."""
     try:

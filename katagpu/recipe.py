@@ -47,7 +47,7 @@ __all__ = [
     "Agent", "Arch", "Capability", "Compression", "Distribution", "DistributionId", "Driver",
     "DriverSource", "Headers", "Image", "ImageFormat", "Kernel", "KernelModule", "KernelSource",
     "ModulesBy", "Recipe", "Repository", "Rootfs", "Service", "Toolkit", "ToolkitMode",
-    "ToolkitSource", "Vgpu", "features", "known", "load", "problems",
+    "ToolkitSource", "Vgpu", "features", "known", "load", "problems", "versions", "with_driver",
 ]
 
 Problem = tuple[tuple[str | int, ...], str, str | None]
@@ -117,15 +117,35 @@ def _parsed(path: Path, content: bytes, cache: Path | None) -> Recipe:
     return recipe
 
 
+def versions(recipe: Recipe) -> list[str]:
+    """The versions of the drivers that a recipe lists, the default's first."""
+    return [driver.version for driver in (recipe.driver, *recipe.other_drivers) if driver.version]
+
+
+def with_driver(recipe: Recipe, version: str) -> Recipe:
+    """The recipe with the driver of this version, which is the only place where one is chosen.
+
+    A section that has the version is taken whole; else it is the default's section, with the other
+    version. The sections that are not taken are the `other_drivers` then. Raises `UserError`.
+    """
+    if recipe.driver.source is DriverSource.NONE:
+        raise UserError(f"driver={version}: the recipe {recipe.name!r} has no driver",
+                        hint="choose a recipe with `driver: {source: debian, …}`")
+    listed = (recipe.driver, *recipe.other_drivers)
+    for driver in listed:
+        if driver.version == version:
+            return replace(recipe, driver=driver, other_drivers=tuple(
+                other for other in listed if other is not driver))
+    if not schema.DRIVER_VERSION.fullmatch(version):
+        raise UserError(f"driver={version}: this is not a version of the NVIDIA driver",
+                        hint=f"the recipe lists {', '.join(versions(recipe))}; driver=all builds "
+                             "a guest with each of them")
+    return replace(recipe, driver=replace(recipe.driver, version=version), other_drivers=listed)
+
+
 def _overridden(recipe: Recipe, driver: str | None, extra_packages: Sequence[str]) -> Recipe:
     if driver is not None:
-        if recipe.driver.source is DriverSource.NONE:
-            raise UserError(f"driver={driver}: the recipe {recipe.name!r} has no driver",
-                            hint="choose a recipe with `driver: {source: debian, …}`")
-        if not schema.DRIVER_VERSION.fullmatch(driver):
-            raise UserError(f"driver={driver}: this is not a version of the NVIDIA driver",
-                            hint=f"the recipe asks for {recipe.driver.version}")
-        recipe = replace(recipe, driver=replace(recipe.driver, version=driver))
+        recipe = with_driver(recipe, driver)
     for package in extra_packages:
         if not schema.PACKAGE.fullmatch(package):
             raise UserError(f"EXTRA_PKGS: {package!r} cannot be the name of a package",
@@ -143,6 +163,7 @@ def problems(recipe: Recipe, name: str, root: Path) -> Iterator[Problem]:
     yield from _distribution(recipe, root)
     yield from _kernel(recipe, root)
     yield from _driver(recipe)
+    yield from _other_drivers(recipe)
     yield from _toolkit(recipe, root)
     yield from _services(recipe, root)
     yield from _agent(recipe)
@@ -230,6 +251,24 @@ def _runfile(recipe: Recipe) -> Iterator[Problem]:
     if builder and not {"gcc", "make"} <= set(recipe.rootfs.extra_packages):
         yield (("driver", "modules_by"), "nvidia-installer finds no compiler in this guest",
                "add gcc and make: `rootfs: {extra_packages: [gcc, make]}`, or EXTRA_PKGS")
+
+
+def _other_drivers(recipe: Recipe) -> Iterator[Problem]:
+    """Each is checked as if it were the recipe's own."""
+    if recipe.other_drivers and recipe.driver.source is DriverSource.NONE:
+        yield (("other_drivers",), "the recipe has no driver of its own",
+               "write the first of them as `driver:`")
+    seen = {recipe.driver.version}
+    for number, driver in enumerate(recipe.other_drivers):
+        where: tuple[str | int, ...] = ("other_drivers", number)
+        if driver.source is DriverSource.NONE:
+            yield where, "a guest without a driver is a recipe of its own", "remove it"
+        for steps, what, hint in _driver(replace(recipe, driver=driver)):
+            yield (*where, *steps[1:]), what, hint
+        if driver.version in seen:
+            yield ((*where, "version"), f"{driver.version} is listed already",
+                   "results are kept by the driver's version: one section for each")
+        seen.add(driver.version)
 
 
 def _toolkit(recipe: Recipe, root: Path) -> Iterator[Problem]:

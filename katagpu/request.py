@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from msgspec import to_builtins
 
+from katagpu.apt import host_archive
 from katagpu.aptview import Pin
 from katagpu.errors import UserError
 from katagpu.keys import digest, file_digest
@@ -13,11 +15,12 @@ from katagpu.lock import (
     FORMAT,
     GUEST,
     Archive,
+    Deb,
     Group,
     LocalDeb,
+    Lock,
     Repository,
     Request,
-    host_archive,
 )
 from katagpu.schema import (
     COMPONENTS,
@@ -220,8 +223,8 @@ def _suites(suite: str, maintained: bool) -> tuple[str, ...]:
     return (suite, f"{suite}-updates") if maintained else (suite,)
 
 
-def identity(recipe: Recipe, root: Path) -> str:
-    """Digest of what a recipe asks for; where this host has it is not part of that."""
+def _asked(recipe: Recipe, root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a recipe asks for, without where this host has it: for all groups, and for each."""
     wanted = to_builtins(groups(recipe, root))
     for group in wanted.values():
         group["files"] = [deb["sha256"] for deb in group["files"]]
@@ -229,14 +232,38 @@ def identity(recipe: Recipe, root: Path) -> str:
             del group["repository"], group["pins"]
         if group["archives"] == GUEST:
             del group["archives"]
-    content = {"format": FORMAT, "distribution": to_builtins(recipe.distribution),
-               "groups": wanted}
+    head = {"format": FORMAT, "distribution": to_builtins(recipe.distribution)}
     others = {name: to_builtins(distribution)
               for name, distribution in distributions(recipe).items() if name != GUEST}
     given = {"toolkit": recipe.toolkit.repository, "nvidia": recipe.nvidia_repository}
     used = {name: to_builtins(given[name]) for name in repositories(recipe, root)}
-    return digest({**content, **({"others": others} if others else {}),
-                   **({"repositories": used} if used else {})})
+    return {**head, **({"others": others} if others else {}),
+            **({"repositories": used} if used else {})}, wanted
+
+
+def identity(recipe: Recipe, root: Path) -> str:
+    """Digest of what a recipe asks for; where this host has it is not part of that."""
+    head, wanted = _asked(recipe, root)
+    return digest({**head, "groups": wanted})
+
+
+def digests(recipe: Recipe, root: Path) -> dict[str, str]:
+    """For each group the digest of what it and the groups below it ask for.
+
+    Locks of one recipe share the groups for which these are equal.
+    """
+    head, wanted = _asked(recipe, root)
+    chains: dict[str, list[Any]] = {}
+    for name, group in wanted.items():
+        chains[name] = [group, *chains.get(group["on"], [])]
+    return {name: digest({**head, "chain": chain}) for name, chain in chains.items()}
+
+
+def outline(recipe: Recipe, root: Path) -> Lock:
+    """Stands for a lock that is not made yet: one package for each group, named by its digest."""
+    return Lock(recipe=recipe.name, request="", groups={
+        name: (Deb(package=name, version=asked, architecture="all", url="", size=0, sha256=asked),)
+        for name, asked in digests(recipe, root).items()})
 
 
 def request(recipe: Recipe, root: Path) -> Request:
@@ -253,4 +280,4 @@ def request(recipe: Recipe, root: Path) -> Request:
                 "name another one in the recipe"))
     return Request(recipe=recipe.name, identity=identity(recipe, root), architecture=ARCHITECTURE,
                    archives=found, groups=groups(recipe, root),
-                   repositories=repositories(recipe, root))
+                   repositories=repositories(recipe, root), digests=digests(recipe, root))

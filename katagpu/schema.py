@@ -223,7 +223,7 @@ class Driver(Section, frozen=True, kw_only=True):
         "`debian`: the suite's packages; `runfile`: NVIDIA's own `.run` file, installed by its own "
         "nvidia-installer; `none`: a guest without a driver"))]
     version: Annotated[DriverVersion | None, Meta(description=(
-        "NVIDIA's version, for example `\"550.163.01\"`; `./doitw driver=VERSION` overrides it"))
+        "NVIDIA's version, for example `\"550.163.01\"`; `./doitw driver=VERSION` takes another"))
     ] = None
     url: Annotated[Url | None, Meta(description=(
         "address of the `.run` file; `{version}` in it stands for the version (source: runfile); "
@@ -368,6 +368,9 @@ class Recipe(Section, frozen=True, kw_only=True):
         "null: Debian trixie, from the guest's own archive where that is it"))] = None
     kernel: Kernel
     driver: Driver
+    other_drivers: Annotated[tuple[Driver, ...], Meta(description=(
+        "more sections like `driver`, each with a version of its own: `./doitw driver=VERSION` "
+        "takes one of them, `driver=all` builds a guest with each"))] = ()
     toolkit: Toolkit
     services: Annotated[tuple[Service, ...], Meta(description=(
         "daemons of `nvidia_repository` that the guest starts: `fabricmanager` for NVSwitches, "

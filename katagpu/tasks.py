@@ -19,6 +19,7 @@ from katagpu.run import die_cleanly_on_signals
 
 if TYPE_CHECKING:
     from katagpu.context import Context
+    from katagpu.several import Guests
 
 Task = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +51,12 @@ def _context() -> Context:
     from katagpu.current import context
 
     return context()
+
+
+def _guests() -> Guests:
+    from katagpu.current import guests
+
+    return guests()
 
 
 def work(function: Callable[..., None]) -> Callable[..., Any]:
@@ -88,19 +95,40 @@ def plain(function: Callable[..., None], doc: str, **more: Any) -> Task:
             **more}
 
 
+def _hidden(name: str, action: Callable[..., None], ready: Callable[[], bool] | None,
+            *needs: str, **more: Any) -> Task:
+    """A hidden task `_stage:NAME`; `ready` says that there is nothing to do."""
+    return {"basename": "_stage", "name": name, "actions": [work(action)],
+            "io": {"capture": False}, "task_dep": list(needs),
+            "uptodate": [answer(ready) if ready else False], **more}
+
+
 def stage_tasks() -> Iterator[Task]:
-    """The hidden tasks, one for each stage, and the lock that all of them need."""
-    context = _context()
-    ensure_lock = partial(context.make_lock, anew=False)
+    """The hidden tasks: the lock, one for each stage, and with driver=all each guest's results."""
+    guests = _guests()
     yield {"basename": "_host", "actions": [work(_host)], "io": {"capture": False}}
-    yield {"basename": "_lock", "actions": [work(ensure_lock)], "io": {"capture": False},
-           "task_dep": ["_host"], "uptodate": [answer(lambda: context.locked() is not None)]}
-    for name, stage in context.sketch().items():
-        needs = dict.fromkeys(f"_stage:{ref.stage}" for ref in stage.inputs.values())
-        yield {"basename": "_stage", "name": name, "doc": stage.title,
-               "actions": [work(partial(context.ensure, name))],
-               "io": {"capture": False}, "task_dep": ["_lock", *needs],
-               "uptodate": [answer(partial(context.made, name))]}
+    yield {"basename": "_lock", "actions": [work(partial(_lock, guests))], "task_dep": ["_host"],
+           "io": {"capture": False}, "uptodate": [answer(guests.locked)]}
+    for name, stage in guests.stages().items():
+        lock = "_lock"
+        if guests.all and len(stage.users) == 1:
+            lock = f"_stage:{guests.label('lock', stage.users[0])}"
+        yield _hidden(name, stage.ensure, stage.made, lock,
+                      *(f"_stage:{need}" for need in stage.needs), doc=stage.title)
+    for context in guests.contexts if guests.all else []:
+        yield _hidden(guests.label("lock", context), partial(_refuse, context), None, "_lock")
+        for name in STAGES:
+            task = _guest(guests, context, name)
+            yield _hidden(guests.label(name, context), *task["work"], *task["task_dep"])
+
+
+def _lock(guests: Guests) -> None:
+    guests.lock(anew=False)  # a guest that has none says so in its own tasks
+
+
+def _refuse(context: Context) -> None:
+    if context.refused is not None:
+        raise context.refused
 
 
 def _host() -> None:
@@ -108,16 +136,17 @@ def _host() -> None:
     from katagpu import hostsetup, sandbox
 
     hostsetup.ensure_host()
-    context = _context()
-    if context.locked() is None or not context.made("manifest"):
-        context.store.prepare()
-        sandbox.probe()
+    for context in _guests().contexts:
+        if context.locked() is None or not context.made("manifest"):
+            context.store.prepare()
+            sandbox.probe()
+            return
 
 
-def build(name: str, doc: str) -> Task:
-    """A public build task: makes its stages, and restores its artifacts into out/."""
-    context = _context()
-    wanted = [stage for stage in STAGES[name] if stage in context.sketch()]
+def _guest(guests: Guests, context: Context, name: str) -> dict[str, Any]:
+    """What a public build task is for one guest: `work` is its action and its question."""
+    labels = guests.labels(context)
+    wanted = [stage for stage in STAGES[name] if stage in labels]
 
     def ready() -> str:
         return f"{name}: up to date in {os.path.relpath(context.directory)}/"
@@ -127,9 +156,10 @@ def build(name: str, doc: str) -> Task:
 
         context.restore(name)
         context.finish(name, wanted)
-        context.outcome.announce(artifacts.of(context.recipe, name))
-        if name == DEFAULT:
-            context.usage()
+        if not guests.all:
+            context.outcome.announce(artifacts.of(context.recipe, name))
+            if name == DEFAULT:
+                context.usage()
         context.sign(name, ready())
 
     def up_to_date() -> bool:
@@ -139,9 +169,33 @@ def build(name: str, doc: str) -> Task:
             context.sign(name, ready())
         return complete
 
-    return {"actions": [work(finish)], "doc": doc, "io": {"capture": False},
-            "task_dep": ["_lock", *(f"_stage:{stage}" for stage in wanted)],
-            "uptodate": [answer(up_to_date)], "meta": {"ready": ready}}
+    own = f"_stage:{guests.label('lock', context)}" if guests.all else "_lock"
+    return {"work": (finish, up_to_date), "meta": {"ready": ready},
+            "task_dep": [own, *(f"_stage:{labels[stage]}" for stage in wanted)]}
+
+
+def build(name: str, doc: str) -> Task:
+    """A public build task: makes its stages, and restores its artifacts into out/."""
+    from katagpu.reporter import Ended
+
+    guests = _guests()
+    common = {"doc": doc, "io": {"capture": False}}
+    if not guests.all:
+        task = _guest(guests, guests.contexts[0], name)
+        finish, up_to_date = task.pop("work")
+        return {**common, **task, "actions": [work(finish)], "uptodate": [answer(up_to_date)]}
+    hidden = {f"_stage:{guests.label(name, context)}": context for context in guests.contexts}
+
+    def summary(results: Mapping[str, Ended]) -> None:
+        ended = {id(context): results.get(task, Ended.FAILED) for task, context in hidden.items()}
+        for line in guests.summary(name, lambda context: ended[id(context)]):
+            log.say(line)
+        built = [context for context in guests.contexts if ended[id(context)] is Ended.BUILT]
+        if built and name == DEFAULT:
+            built[0].usage()
+
+    return {**common, "actions": [work(partial(guests.sign, name))], "uptodate": [False],
+            "task_dep": list(hidden), "meta": {"summary": summary}}
 
 
 def setup() -> Task:
@@ -153,20 +207,70 @@ def setup() -> Task:
 
 def lock() -> Task:
     """Resolve anew."""
-    return plain(_context().make_lock, "resolve the recipe's packages anew", task_dep=["_host"])
+
+    def resolve() -> None:
+        from katagpu.several import worst
+
+        guests = _guests()
+        refused = guests.lock(anew=True)
+        if refused:
+            error = worst(refused)
+            for other in {str(one): one for one in refused}.values():
+                if str(other) != str(error):
+                    log.error(f"lock: {other}")
+            raise error
+
+    return plain(resolve, "resolve the recipe's packages anew", task_dep=["_host"])
 
 
 def why() -> Task:
     """Explain hits and misses."""
 
     def explain(names: list[str]) -> None:
-        context = _context()
-        for name in names or ["build_image"]:
-            for line in context.explain(name, STAGES):
-                sys.stdout.write(line + "\n")
+        guests = _guests()
+        said = set()
+        for context in guests.contexts:
+            labels = guests.labels(context)
+            for name in names or ["build_image"]:
+                for line in context.explain(name, STAGES):
+                    stage, colon, state = line.partition(":")
+                    line = f"{labels.get(stage, stage)}{colon}{state}"
+                    if line not in said or not guests.all:
+                        sys.stdout.write(line + "\n")
+                    said.add(line)
 
     return plain(explain, "say for each stage of a task: hit, or miss and what differs",
                  pos_arg="names")
+
+
+def diff() -> Task:
+    """Compare two builds."""
+
+    def show(places: list[str]) -> None:
+        from katagpu import compare, compare_text, finished
+
+        if len(places) != 2:
+            there = ", ".join(finished.builds(ROOT)) or "none; ./doitw build_image makes one"
+            raise UserError(f"diff compares two builds, and here are {len(places)}: "
+                            "./doitw diff A B", hint=f"builds below out/: {there}")
+        context = _context()
+        builds = [finished.read(*finished.find(place, ROOT, context.recipe.name))
+                  for place in places]
+        found = compare.compare(*builds)
+        if _is_set(context, "json"):
+            import json
+
+            sys.stdout.write(json.dumps(compare.as_json(found), indent=1) + "\n")
+            return
+        for line in compare_text.text(found, everything=_is_set(context, "all")):
+            sys.stdout.write(line + "\n")
+
+    return plain(show, "say what differs between two builds: diff A B (all=1: all; json=1)",
+                 pos_arg="places")
+
+
+def _is_set(context: Context, name: str) -> bool:
+    return context.values.get(name, "0") != "0"
 
 
 def cache() -> Iterator[Task]:
@@ -185,6 +289,8 @@ def bench() -> Task:
     def measure() -> None:
         from katagpu import bench
 
+        if _guests().all:
+            raise UserError("bench measures one guest", hint="bench driver=VERSION")
         bench.main(_context())
 
     return plain(measure, "measure: no-op, restore, stages, image size (all=1: also changes)",
@@ -205,7 +311,7 @@ def test() -> Task:
     """The fast suite, then the default build and its checks; with all=1 everything."""
 
     def run() -> None:
-        everything = _context().values.get("all", "0") != "0"
+        everything = _is_set(_context(), "all")
         log.say("> the test suite" + (", with the long tests" if everything else ""))
         chosen = [] if everything else ["-m", "not slow"]
         _call(["pytest", "-q", "tests", "--ignore=tests/default", *chosen], "the suite failed")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from katagpu import aptview, lock
+from katagpu import aptview, lock, resolve
 from katagpu.aptview import Pin
 from katagpu.errors import UserError
 from katagpu.lock import Archive, Group, Repository, Request
@@ -102,7 +102,7 @@ def names(found: lock.Lock, group: str) -> list[str]:
 def fails(request: Request, tmp_path: Path) -> str:
     """Resolving fails, and the user can mend it: with which words."""
     with pytest.raises(UserError) as failure:
-        lock.resolve(request, tmp_path / "apt")
+        resolve.resolve(request, tmp_path / "apt")
     assert failure.value.status == 1
     return str(failure.value)
 
@@ -110,7 +110,7 @@ def fails(request: Request, tmp_path: Path) -> str:
 def test_all_packages_are_of_the_one_version_and_the_rest_is_the_distribution_s(
     debian: ToyArchive, nvidia: ToyArchive, tmp_path: Path,
 ) -> None:
-    found = lock.resolve(asked(debian, nvidia), tmp_path / "apt")
+    found = resolve.resolve(asked(debian, nvidia), tmp_path / "apt")
     assert names(found, "base") == ["libc6=2.41-1"]
     assert names(found, "toolkit") == [
         "libnvidia-container-tools=1.17.8-1", "libnvidia-container1=1.17.8-1",
@@ -122,7 +122,7 @@ def test_all_packages_are_of_the_one_version_and_the_rest_is_the_distribution_s(
 def test_each_package_is_locked_with_its_address_and_digest(
     debian: ToyArchive, nvidia: ToyArchive, tmp_path: Path,
 ) -> None:
-    found = lock.resolve(asked(debian, nvidia), tmp_path / "apt")
+    found = resolve.resolve(asked(debian, nvidia), tmp_path / "apt")
     origins = {deb.package: deb.url for deb in found.group("toolkit")}
     file = "nvidia-container-toolkit_1.17.8-1_amd64.deb"
     assert origins["nvidia-container-toolkit"] == f"{nvidia.base}/{file}"
@@ -137,10 +137,10 @@ def test_the_newest_is_the_repository_s_newest_and_stays_in_the_lock(
 ) -> None:
     request = asked(debian, nvidia, replace(PIN, version=None))
     assert "nvidia-container-toolkit=1.18.0-1" in names(
-        lock.resolve(request, tmp_path / "apt"), "toolkit")
+        resolve.resolve(request, tmp_path / "apt"), "toolkit")
     nvidia.add_deb("nvidia-container-toolkit", "1.18.1-1", {})
     nvidia.publish()
-    assert names(lock.resolve(request, tmp_path / "apt"), "toolkit") == [
+    assert names(resolve.resolve(request, tmp_path / "apt"), "toolkit") == [
         "nvidia-container-toolkit=1.18.1-1"]
 
 
@@ -153,7 +153,7 @@ def test_a_repository_with_suites_and_components(
     nvidia.publish()
     request = asked(debian, nvidia)
     archive = replace(request.repositories["nvidia"].archive, suites=("toy",), components=("main",))
-    found = lock.resolve(replace(request, repositories={"nvidia": Repository(archive=archive)}),
+    found = resolve.resolve(replace(request, repositories={"nvidia": Repository(archive=archive)}),
                          tmp_path / "apt")
     (deb,) = (deb for deb in found.group("toolkit") if deb.package == "nvidia-container-toolkit")
     assert deb.url == f"{nvidia.base}/nvidia-container-toolkit_1.17.8-1_amd64.deb"
@@ -173,7 +173,7 @@ def test_two_pins_of_one_repository_have_each_their_version(
         Pin(leader="nvidia-fabricmanager-550", packages=("nvidia-fabricmanager-550",),
             version="550.163.01-*"),
         Pin(leader="datacenter-gpu-manager-4-core", packages=("datacenter-gpu-manager-4-*",))))
-    found = lock.resolve(replace(request, groups={**request.groups, "services": services}),
+    found = resolve.resolve(replace(request, groups={**request.groups, "services": services}),
                          tmp_path / "apt")
     assert names(found, "services") == ["datacenter-gpu-manager-4-core=1:4.5.2-1",
                                         "nvidia-fabricmanager-550=550.163.01-1"]
@@ -245,7 +245,7 @@ def test_a_key_in_armor_with_its_fingerprint(
     key = armored(nvidia, "test", tmp_path / "key.asc")
     request = asked(debian, nvidia, signed_by=key, fingerprint=nvidia.fingerprint().lower())
     assert "nvidia-container-toolkit=1.17.8-1" in names(
-        lock.resolve(request, tmp_path / "apt"), "toolkit")
+        resolve.resolve(request, tmp_path / "apt"), "toolkit")
     assert not (tmp_path / "apt/repositories/nvidia/keyring.gpg").read_bytes().startswith(b"-----")
 
 
@@ -254,7 +254,7 @@ def test_a_key_from_a_url(debian: ToyArchive, nvidia: ToyArchive, tmp_path: Path
     request = asked(debian, nvidia, signed_by=f"{nvidia.base}/gpgkey",
                     fingerprint=nvidia.fingerprint())
     assert "nvidia-container-toolkit=1.17.8-1" in names(
-        lock.resolve(request, tmp_path / "apt"), "toolkit")
+        resolve.resolve(request, tmp_path / "apt"), "toolkit")
 
 
 def test_the_url_has_another_key_today(
@@ -279,7 +279,7 @@ def test_of_many_keys_the_one_with_the_fingerprint_counts(
     assert "the repository's own key" in fails(request, tmp_path)
     trusting = asked(debian, nvidia, signed_by=str(both),
                      fingerprint=nvidia.fingerprint("other"))
-    assert names(lock.resolve(trusting, tmp_path / "other"), "toolkit")
+    assert names(resolve.resolve(trusting, tmp_path / "other"), "toolkit")
 
 
 def test_a_url_without_a_fingerprint(

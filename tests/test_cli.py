@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import toybuild
 from tests.toyrepo import ToyRepository
 
 ALL = ["driver_modules", "driver_user", "image", "kata_config", "kernel", "kernel_config",
@@ -19,8 +20,9 @@ ALL = ["driver_modules", "driver_user", "image", "kata_config", "kernel", "kerne
 RESULTS = {
     "vmlinuz-6.1-toy", "vmlinuz-nvidia-gpu.container", "vmlinux-6.1-toy",
     "vmlinux-nvidia-gpu.container", "System.map-6.1-toy", "config-6.1-toy",
-    "linux-headers-6.1-toy.deb", "checks.txt", "sizes.json", "50-katagpu.toml", "manifest.json",
-    "kata-debian-trixie-nvidia-gpu-550.163.01.image", "kata-containers-nvidia-gpu.img"}
+    "linux-headers-6.1-toy.deb", "checks.txt", "sizes.json", "files.mtree", "50-katagpu.toml",
+    "manifest.json", "kata-debian-trixie-nvidia-gpu-550.163.01.image",
+    "kata-containers-nvidia-gpu.img"}
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_list_explains_each_task_in_one_line(toy: ToyRepository) -> None:
     assert (status, err) == (0, "")
     assert {"setup", "lock", "build_image", "build_kernel", "build_headers", "build_rootfs",
             "install_driver", "install_toolkit", "build_initrd", "test", "lint", "fmt", "bench",
-            "why", "cache:list", "cache:verify", "cache:gc"} <= set(lines)
+            "why", "diff", "cache:list", "cache:verify", "cache:gc"} <= set(lines)
     assert all(len(line) < 100 for line in out.splitlines())
     assert not any(name.startswith("_") for name in lines)
 
@@ -182,6 +184,39 @@ def test_why(built: ToyRepository) -> None:
     assert lines["rootfs"].startswith("miss: files.word: ")
     assert lines["image"] == "miss: waits for rootfs"
     assert built.run("why")[1] == out
+
+
+def test_diff(toy: ToyRepository) -> None:
+    toybuild.write(toy.out)
+    toybuild.write(toy.out.parent / "535.1", driver="535.1", config=["CONFIG_SMP=y"])
+    started = time.monotonic()
+    status, out, err = toy.run("diff", "550.163.01", "535.1")
+    assert (status, err) == (0, "")
+    assert time.monotonic() - started < 10  # doit's start; the machine may be busy
+    assert out.splitlines()[0] == "debian-trixie/550.163.01 → debian-trixie/535.1"
+    assert "  driver.version: 550.163.01 → 535.1" in out
+    assert "CONFIG_NR_CPUS: 8 → not set" in out
+    assert "libcuda.so.1" not in out
+    assert "libcuda.so.1" in toy.run("diff", "550.163.01", "535.1", "all=1")[1]
+    status, out, err = toy.run("diff", "550.163.01", "out/debian-trixie/535.1", "json=1")
+    assert (status, err, json.loads(out)["same"]) == (0, "", False)
+    assert toy.run("diff", "550.163.01", "550.163.01")[1].endswith("Nothing differs.\n")
+    assert toy.made() == []
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    ([], "diff compares two builds, and here are 0"),
+    (["550.163.01"], "builds below out/: debian-trixie/550.163.01"),
+    (["550.163.01"] * 3, "here are 3"),
+    (["550.163.01", "535"], "there is no build '535'"),
+    (["550.163.01", "recipes"], "recipes is no build: it has no manifest.json"),
+    (["550.163.01", "dodo.py"], "dodo.py is not a manifest"),
+])
+def test_diff_of_what_is_no_build(toy: ToyRepository, argv: list[str], said: str) -> None:
+    toybuild.write(toy.out)
+    status, out, err = toy.run("diff", *argv)
+    assert (status, out) == (1, "")
+    assert said in err and "hint: " in err and "Traceback" not in err
 
 
 # statuses

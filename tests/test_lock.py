@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from katagpu import lock
+from katagpu import apt, lock, resolve
 from katagpu.errors import UserError
 from katagpu.lock import Group, LocalDeb
 from tests.toyarchive import ToyArchive, missing, served, signing_keys
@@ -56,7 +56,7 @@ def names(found: lock.Lock, group: str) -> list[str]:
 
 
 def test_a_group_has_all_that_its_packages_depend_on(toy: ToyArchive, tmp_path: Path) -> None:
-    found = lock.resolve(toy.request({
+    found = resolve.resolve(toy.request({
         "all": Group(packages=("app",)), "essential": Group(packages=("?essential",)),
         "above": Group(packages=("epoch",), on="all"),
         "top": Group(packages=("driver=550.1*",), on="above"),
@@ -89,7 +89,7 @@ def test_each_set_of_archives_is_asked_by_itself(
         groups = {name: groups[name] for name in ("tools", "tools2", "guest", "more")}
         second = other.request(groups)
         archives = {"guest": second.archives["guest"], "tools": first.archives["guest"]}
-        found = lock.resolve(replace(second, archives=archives), tmp_path / "apt")
+        found = resolve.resolve(replace(second, archives=archives), tmp_path / "apt")
     assert names(found, "tools") == ["app=1.0-1", "core=1", "lib=1.5-1"]
     assert names(found, "guest") == ["app=2.0ubuntu1", "core=7ubuntu1"]
     assert names(found, "more") == ["lib=9-1"]
@@ -98,7 +98,7 @@ def test_each_set_of_archives_is_asked_by_itself(
 
 
 def test_each_package_has_its_digest_size_and_address(toy: ToyArchive, tmp_path: Path) -> None:
-    found = lock.resolve(toy.request({"one": Group(packages=("epoch",), alone=True)}),
+    found = resolve.resolve(toy.request({"one": Group(packages=("epoch",), alone=True)}),
                          tmp_path / "apt")
     (deb,) = found.group("one")
     content = (toy.root / "pool" / "epoch_1_2.0~rc1+dfsg-1_amd64.deb").read_bytes()
@@ -110,9 +110,9 @@ def test_each_package_has_its_digest_size_and_address(toy: ToyArchive, tmp_path:
 
 def test_the_same_archive_gives_the_same_lock(toy: ToyArchive, tmp_path: Path) -> None:
     request = toy.request({"all": Group(packages=("app", "epoch"))})
-    first = lock.resolve(request, tmp_path / "apt")
-    assert lock.resolve(request, tmp_path / "apt") == first
-    assert lock.resolve(request, tmp_path / "other") == first
+    first = resolve.resolve(request, tmp_path / "apt")
+    assert resolve.resolve(request, tmp_path / "apt") == first
+    assert resolve.resolve(request, tmp_path / "other") == first
     lock.write(first, tmp_path / "deep/lock.json")
     assert lock.read(tmp_path / "deep/lock.json") == first
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["lock.json"]
@@ -120,10 +120,10 @@ def test_the_same_archive_gives_the_same_lock(toy: ToyArchive, tmp_path: Path) -
 
 def test_a_new_version_is_taken(toy: ToyArchive, tmp_path: Path) -> None:
     request = toy.request({"all": Group(packages=("driver",))})
-    assert "driver=550.2-1" in names(lock.resolve(request, tmp_path / "apt"), "all")
+    assert "driver=550.2-1" in names(resolve.resolve(request, tmp_path / "apt"), "all")
     toy.add("driver", "550.3-1", Depends="lib")
     toy.publish()
-    assert "driver=550.3-1" in names(lock.resolve(request, tmp_path / "apt"), "all")
+    assert "driver=550.3-1" in names(resolve.resolve(request, tmp_path / "apt"), "all")
 
 
 def test_a_package_at_hand_is_not_locked_but_its_needs_are(toy: ToyArchive, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_package_at_hand_is_not_locked_but_its_needs_are(toy: ToyArchive, tmp_
     subprocess.run(["dpkg-deb", "--build", "--root-owner-group", tmp_path / "deb",
                     tmp_path / "local.deb"], check=True, capture_output=True)
     local = LocalDeb(path=str(tmp_path / "local.deb"), sha256="")
-    found = lock.resolve(toy.request({
+    found = resolve.resolve(toy.request({
         "base": Group(packages=("core",)), "local": Group(files=(local,), on="base"),
         "above": Group(packages=("app",), on="local")}), tmp_path / "apt")
     assert names(found, "local") == ["lib=1.5-1"]
@@ -151,7 +151,7 @@ def test_what_the_archive_does_not_have(
     toy: ToyArchive, tmp_path: Path, group: Group, said: str, cure: str,
 ) -> None:
     with pytest.raises(UserError, match=said) as failure:
-        lock.resolve(toy.request({"group": group}), tmp_path / "apt")
+        resolve.resolve(toy.request({"group": group}), tmp_path / "apt")
     assert cure in str(failure.value)
 
 
@@ -159,13 +159,13 @@ def test_packages_that_cannot_be_installed_together(toy: ToyArchive, tmp_path: P
     toy.add("broken", "1", Depends="missing (>= 2)")
     toy.publish()
     with pytest.raises(UserError, match=r"broken : Depends: missing"):
-        lock.resolve(toy.request({"group": Group(packages=("broken",))}), tmp_path / "apt")
+        resolve.resolve(toy.request({"group": Group(packages=("broken",))}), tmp_path / "apt")
 
 
 def fails(toy: ToyArchive, tmp_path: Path, **more: str) -> str:
     """Resolving fails: with which words."""
     with pytest.raises(UserError) as failure:
-        lock.resolve(toy.request({"all": Group(packages=("app",))}, **more), tmp_path / "apt")
+        resolve.resolve(toy.request({"all": Group(packages=("app",))}, **more), tmp_path / "apt")
     return str(failure.value)
 
 
@@ -176,7 +176,7 @@ def test_a_wrong_signature(toy: ToyArchive, tmp_path: Path) -> None:
 
 def test_a_wrong_signature_after_a_right_one(toy: ToyArchive, tmp_path: Path) -> None:
     """What was fetched before is not silently used on."""
-    lock.resolve(toy.request({"all": Group(packages=("app",))}), tmp_path / "apt")
+    resolve.resolve(toy.request({"all": Group(packages=("app",))}), tmp_path / "apt")
     toy.add("app", "6.6.6")
     toy.publish(key="other")
     assert "the recipe's keyring does not sign this archive" in fails(toy, tmp_path)
@@ -213,7 +213,7 @@ def test_the_host_s_own_apt_configuration_does_not_matter(
     hostile.write_text('Dir::Cache::pkgcache ""; APT::Install-Recommends "true";\n'
                        'APT::Default-Release "other";\n')
     monkeypatch.setenv("APT_CONFIG", str(hostile))
-    found = lock.resolve(toy.request({"all": Group(packages=("app",))}), tmp_path / "apt")
+    found = resolve.resolve(toy.request({"all": Group(packages=("app",))}), tmp_path / "apt")
     assert "extra=1" not in names(found, "all")
     assert (tmp_path / "apt/guest/cache/pkgcache.bin").stat().st_size > 0
 
@@ -249,8 +249,8 @@ def test_a_full_disk_keeps_the_old_lock(tmp_path: Path, tiny: object) -> None:
 
 
 def test_the_host_s_archive_is_its_own_distribution_s() -> None:
-    assert lock.host_archive("no-such-distribution") == {}
+    assert apt.host_archive("no-such-distribution") == {}
     release = Path("/etc/os-release").read_text()
     if "ID=debian" in release.split() and Path("/var/lib/apt/lists").exists():
         assert all(url.startswith(("http", "file", "mirror", "cdrom"))
-                   for url in lock.host_archive("debian").values())
+                   for url in apt.host_archive("debian").values())

@@ -11,7 +11,7 @@ import pytest
 
 from katagpu import recipe_docs
 from katagpu.errors import UserError
-from katagpu.recipe import KernelModule, Recipe, load, problems
+from katagpu.recipe import KernelModule, Recipe, load, problems, versions, with_driver
 from katagpu.schema import Agent, Section
 
 
@@ -288,6 +288,60 @@ def test_driver_override(root: Path) -> None:
     change(root, "source: debian\n  version: \"550.163.01\"", "source: none")
     with pytest.raises(UserError, match="has no driver"):
         load("debian-trixie", root, driver="535.1.2")
+
+
+OTHERS = """
+other_drivers:
+  - {source: debian, version: "535.216.01", kernel_module: closed}
+  - {source: debian, version: "570.1"}
+"""
+
+
+def add(root: Path, text: str) -> None:
+    """Add to the recipe."""
+    with (root / "recipes/debian-trixie.yaml").open("a") as stream:
+        stream.write(text)
+
+
+def test_other_drivers_are_taken_whole_by_their_version(root: Path) -> None:
+    add(root, OTHERS)
+    default = load("debian-trixie", root)
+    assert versions(default) == ["550.163.01", "535.216.01", "570.1"]
+    other = load("debian-trixie", root, driver="535.216.01")
+    assert other.driver.kernel_module is KernelModule.CLOSED
+    assert sorted(versions(other)) == sorted(versions(default))
+    # One that is not listed is like the default's section, and the way back is not lost.
+    free = load("debian-trixie", root, driver="580.1")
+    assert (free.driver.version, free.driver.kernel_module) == ("580.1", KernelModule.OPEN)
+    for way in (other, free):
+        assert with_driver(way, "550.163.01").driver == default.driver
+    with pytest.raises(UserError, match=r"535\.216\.01, 570\.1; driver=all"):
+        load("debian-trixie", root, driver="newest")
+
+
+@pytest.mark.parametrize(("old", "new", "what"), [
+    ("570.1", "535.216.01", ":40: other_drivers[1].version: 535.216.01 is listed already"),
+    ("570.1", "550.163.01", ":40: other_drivers[1].version: 550.163.01 is listed already"),
+    ('version: "570.1"', "capabilities: [utility]",
+     ":40: other_drivers[1]: `source: debian` needs `version`"),
+    ('source: debian, version: "570.1"', "source: none",
+     ":40: other_drivers[1]: a guest without a driver is a recipe of its own"),
+    ('"570.1"', '"570.1", capabilities: [graphics]',
+     ":40: other_drivers[1].capabilities[0]: 'graphics' needs DRM"),
+    ('"570.1"', '"570.1", flavour: open', "other_drivers[1].flavour: there is no such field"),
+    ('"570.1"', "570.1", "other_drivers[1].version: expected text"),
+])
+def test_bad_other_drivers(root: Path, old: str, new: str, what: str) -> None:
+    add(root, OTHERS.replace(old, new))
+    lines = (root / "recipes/debian-trixie.yaml").read_text().splitlines()
+    number = next(index for index, line in enumerate(lines, 1) if "other_drivers" in line) + 2
+    assert what.replace(":40:", f":{number}:") in refused(root)
+
+
+def test_other_drivers_without_a_first_one(root: Path) -> None:
+    add(root, OTHERS)
+    change(root, "source: debian\n  version: \"550.163.01\"", "source: none")
+    assert "other_drivers: the recipe has no driver of its own" in refused(root)
 
 
 def test_extra_packages_are_added_once(root: Path) -> None:

@@ -20,11 +20,12 @@ OUT = Path("out") / RECIPE / "550.163.01"
 COPIED = ("dodo.py", "katagpu", "recipes", "kernel-configs", "rootfs", "patches", "pyproject.toml")
 
 GUEST = '''
-"""Toy stages under the real names. TOY_FAIL=KIND:STAGE fails one; TOY_PAUSE are seconds.
-TOY_LACKS is a package that the host lacks."""
+"""Toy stages under the real names. TOY_FAIL=KIND:STAGE fails one (several with commas between
+them), STAGE@VERSION only that of a driver; TOY_PAUSE are seconds. TOY_LACKS is a package that the
+host lacks, TOY_ABSENT a driver that the archive lacks; with it, all else resolves to nothing."""
 
 import os, time
-from katagpu import hostsetup, sandbox
+from katagpu import hostsetup, lock as locking, sandbox
 from katagpu.errors import StepError, UserError
 from katagpu.stages.api import Ref, Stage
 from katagpu.store import Kind
@@ -34,11 +35,22 @@ if "TOY_LACKS" in os.environ:
 else:
     hostsetup.ensure_host = lambda: None
 sandbox.probe = lambda: None
+
+def resolve(request, _directory, known):
+    for group in request.groups.values():
+        if any(os.environ["TOY_ABSENT"] in package for package in group.packages):
+            raise UserError(f"the archive lacks {os.environ['TOY_ABSENT']}", hint="another one")
+    known.update({digest: locking.Known(debs=()) for digest in request.digests.values()})
+    return locking.Lock(recipe=request.recipe, request=request.identity, groups={})
+
+if "TOY_ABSENT" in os.environ:
+    locking.resolve = resolve
 OUTPUTS = {
     "kernel_config": ["config"],
     "kernel": ["vmlinuz", "vmlinux", "system_map", "headers"],
     "driver_modules": ["modules"], "driver_user": ["layer"], "toolkit": ["layer"],
-    "rootfs": ["report"], "image": ["image", "sizes"], "initrd": ["image"],
+    "rootfs": ["report"], "image": ["image", "sizes", "files"],
+    "initrd": ["image"],
     "kata_config": ["config"], "manifest": ["manifest"],
 }
 NEEDS = {
@@ -52,15 +64,17 @@ def make(build):
     with open(os.environ.get("TOY_SAID", "/dev/null"), "a") as said:
         said.write(f"+{name}\\n")
     time.sleep(float(os.environ.get("TOY_PAUSE", "0")))
-    kind, _, stage = os.environ.get("TOY_FAIL", "").partition(":")
-    if stage == name:
+    fails = [word.split(":") for word in os.environ.get("TOY_FAIL", "").split(",") if word]
+    version = build.options.get("version", "")
+    for kind in [kind for kind, stage in fails if stage in (name, f"{name}@{version}")]:
         raise {"user": UserError("the user can mend it", hint="like this"),
                "step": StepError("the step broke"), "bug": ValueError("oops")}[kind]
     word = build.file("word").read_text() if "word" in build.stage.files else ""
     build.facts["release"] = "6.1-toy"
     for output in build.stage.outputs:
         below = " ".join(found.identity[:8] for found in build.inputs.values())
-        data = b"{}" if output == "sizes" else f"{name} {output} {word} {below}\\n".encode() * 3000
+        line = f"{name} {output} {word}{version} {below}\\n"
+        data = b"{}" if output == "sizes" else line.encode() * 3000
         build.put_bytes(output, data)
     with open(os.environ.get("TOY_SAID", "/dev/null"), "a") as said:
         said.write(f"-{name}\\n")
@@ -69,7 +83,9 @@ def stages(recipe, lock, root):
     return {name: Stage(
         name=name, title=f"toy {name}", module="errors", make=make,
         outputs={output: Kind.FILE for output in outputs},
-        options={"flavour": str(recipe.driver.kernel_module)} if name == "driver_modules" else {},
+        options={"driver_modules": {"flavour": str(recipe.driver.kernel_module),
+                                    "version": recipe.driver.version},
+                 "driver_user": {"version": recipe.driver.version}}.get(name, {}),
         files={"word": root / "rootfs/word"} if name == "rootfs" else {},
         inputs={need: Ref(stage=need, output=OUTPUTS[need][0]) for need in NEEDS.get(name, [])},
     ) for name, outputs in OUTPUTS.items()}
@@ -96,9 +112,21 @@ class ToyRepository:
         self.lock = lock.Lock(recipe=RECIPE, request=self.identity(), groups={})
         lock.write(self.lock, self.root / OUT / "lock.json")
 
-    def identity(self) -> str:
+    def identity(self, driver: str | None = None) -> str:
         """What the recipe asks for as it is now."""
-        return request.identity(recipe.load(RECIPE, self.root), self.root)
+        return request.identity(recipe.load(RECIPE, self.root, driver=driver), self.root)
+
+    def list_driver(self, version: str) -> Path:
+        """Add a driver to the recipe, with its lock; where the guest's results will be."""
+        path = self.root / "recipes" / f"{RECIPE}.yaml"
+        text = path.read_text()
+        if "other_drivers:" not in text:
+            text += "\nother_drivers:\n"
+        path.write_text(f'{text}  - {{source: debian, version: "{version}"}}\n')
+        place = self.root / OUT.parent / version
+        lock.write(lock.Lock(recipe=RECIPE, request=self.identity(version), groups={}),
+                   place / "lock.json")
+        return place
 
     @property
     def out(self) -> Path:

@@ -23,7 +23,9 @@ PARTS = {"image": Ref(stage="image", output="image"),
          "vmlinux": Ref(stage="kernel", output="vmlinux"),
          "headers": Ref(stage="kernel", output="headers"),
          "kernel_config": Ref(stage="kernel_config", output="config"),
-         "kata_config": Ref(stage="kata_config", output="config")}
+         "kata_config": Ref(stage="kata_config", output="config"),
+         "sizes": Ref(stage="image", output="sizes"),
+         "files": Ref(stage="image", output="files")}
 
 
 def kata_config(recipe: Recipe) -> Stage:

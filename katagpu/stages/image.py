@@ -44,7 +44,7 @@ def _stage(recipe: Recipe, name: str, title: str, chosen: Image) -> Stage:
     layers = {**chain(recipe), "rootfs": Ref(stage="rootfs", output="layer")}
     level = chosen.level if chosen.level is not None else LEVELS[chosen.compression]
     return Stage(name=name, title=title, module=MODULE, make=make_image,
-                 outputs={"image": Kind.FILE, "sizes": Kind.FILE},
+                 outputs={"image": Kind.FILE, "sizes": Kind.FILE, "files": Kind.FILE},
                  options={"format": str(chosen.format), "compression": str(chosen.compression),
                           "level": level, "dax_header": chosen.dax_header,
                           "layers": list(layers)},
@@ -56,7 +56,9 @@ def make_image(build: Build) -> None:
     guest = Root(lower=stack(build), special=False)
     with writing(build.store.root):
         target = pack(build, guest, build.directory("packed"))
-    sizes = build.inside(packing.sizes, [guest])
+    files = build.scratch / "files"
+    sizes = build.inside(packing.survey, [guest], target=str(files))
+    build.put_file("files", files)
     build.put_bytes("sizes", json.dumps(sizes, indent=1).encode())
     build.put_file("image", target)
 

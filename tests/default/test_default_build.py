@@ -32,7 +32,8 @@ def test_every_artifact_is_what_the_manifest_says(context: Context) -> None:
     manifest = json.loads(artifact(context, "manifest.json").read_text())
     names = {"image": "kata-*.image", "vmlinuz": "vmlinuz-*", "vmlinux": "vmlinux-*",
              "headers": "linux-headers-*", "kernel_config": "config-*",
-             "kata_config": "50-katagpu.toml"}
+             "kata_config": "50-katagpu.toml", "sizes": "sizes.json", "files": "files.mtree"}
+    assert set(names) == set(manifest["parts"])
     for part, pattern in names.items():
         path = artifact(context, pattern)
         assert keys.file_digest(path) == manifest["parts"][part]["sha256"], part

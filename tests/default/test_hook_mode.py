@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from katagpu import guest, lock, request
+from katagpu import guest, lock, request, resolve
 from katagpu.context import Context
 from katagpu.lock import Group, Lock
 from katagpu.plan import Plan
@@ -66,7 +66,7 @@ def from_apt(recipe: Recipe, archive: ToyArchive, directory: Path,
     wanted = request.request(recipe, directory)
     only = replace(wanted, archives=(), groups={"base": Group(),
                                                 "toolkit": wanted.groups["toolkit"]})
-    found = lock.resolve(only, directory / "apt").group("toolkit")
+    found = resolve.resolve(only, directory / "apt").group("toolkit")
     assert {deb.package for deb in found} == {
         "nvidia-container-toolkit", "nvidia-container-toolkit-base", "libnvidia-container-tools"}
     return recipe, found

@@ -72,5 +72,5 @@ def test_packages_of_one_run_have_a_lock_of_their_own(context: Context) -> None:
     extra = Context(context.root, {}, environment={"EXTRA_PKGS": "make gcc"})
     same = Context(context.root, {}, environment={"EXTRA_PKGS": " gcc  make"})
     other = Context(context.root, {}, environment={"EXTRA_PKGS": "gcc"})
-    assert extra.lock_path == same.lock_path
-    assert len({context.lock_path, extra.lock_path, other.lock_path}) == 3
+    assert extra.locks.path == same.locks.path
+    assert len({context.locks.path, extra.locks.path, other.locks.path}) == 3

@@ -16,9 +16,10 @@ from msgspec.structs import replace
 from katagpu import guest
 from katagpu.context import Context
 from katagpu.errors import KatagpuError, StepError, UserError
-from katagpu.lock import Lock, resolve
+from katagpu.lock import Lock
 from katagpu.plan import Plan
 from katagpu.request import request
+from katagpu.resolve import resolve
 from katagpu.schema import Capability, Driver, DriverSource, KernelModule, ModulesBy, Recipe
 from katagpu.store import Action
 from tests.nvrun import debian, maker

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from katagpu import disk, guest, keys, lock, request, sandbox
+from katagpu import disk, guest, keys, request, resolve, sandbox
 from katagpu.context import Context
 from katagpu.lock import Deb, Lock
 from katagpu.plan import Plan
@@ -119,7 +119,7 @@ def built(context: Context, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                Archive(server.root / "security", server, "Ubuntu"), top / "packing")
         with served(server):
             wanted = recipe(context.recipe, server.base, place / "test.gpg")
-            found = lock.resolve(request.request(wanted, context.root), top / "apt")
+            found = resolve.resolve(request.request(wanted, context.root), top / "apt")
             mine = guest.stages(wanted, found, context.root)
             stages = {**context.plan.stages, **{name: mine[name] for name in (
                 "stage0", "base", "rootfs", "image")}}

@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from katagpu.apt import host_archive
 from katagpu.fetch import Job, fetch_all
-from katagpu.lock import GUEST, Archive, Deb, Group, Request, host_archive, resolve
+from katagpu.lock import GUEST, Archive, Deb, Group, Request
+from katagpu.resolve import resolve
 
 CACHE = Path(os.environ.get("NVRUN_CACHE") or Path(
     os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "katagpu-nvrun")
