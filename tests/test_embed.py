@@ -141,7 +141,7 @@ def context(top: Path, *, token: bool = True,
     made = Context(top, {}, environment={})
     made.__dict__["recipe"] = chosen
     lock.write(lock.Lock(recipe=chosen.name, request=request.identity(chosen, top), groups={}),
-               made.lock_path)
+               made.locks.path)
     made.__dict__["plan"] = Plan(stages(chosen), made.store, made.directory / "logs")
     return made
 
@@ -230,7 +230,7 @@ def test_the_token_is_in_the_image_and_nowhere_else(top: Path, packing: dict[str
     assert with_the_secret(top) == {"token.tok", str(place.relative_to(top))}
     assert {path.name for path in made.directory.iterdir()} == {
         IMAGE, final.IMAGE, embed.STATE, ".restored.json", "50-katagpu.toml", "build-record.json",
-        "checks.txt", "config-6.1-toy", "linux-headers-6.1-toy.deb", "lock.json", "logs",
+        "checks.txt", "config-6.1-toy", "files.mtree", "linux-headers-6.1-toy.deb", "lock.json", "logs",
         "manifest.json", "sizes.json", "System.map-6.1-toy", "vmlinux-6.1-toy",
         "vmlinux-nvidia-gpu.container", "vmlinuz-6.1-toy", "vmlinuz-nvidia-gpu.container"}
     assert not list((top / "store/staging").iterdir())

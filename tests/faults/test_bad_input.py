@@ -112,12 +112,20 @@ def set_archive(toy: ToyRepository, uri: str, keyring: Path) -> None:
 
 
 def test_no_network(toy: ToyRepository, tmp_path: Path) -> None:
-    set_archive(toy, "http://127.0.0.1:9/debian", tmp_path / "none.gpg")
+    (tmp_path / "empty.gpg").touch()
+    set_archive(toy, "http://127.0.0.1:9/debian", tmp_path / "empty.gpg")
     err = refused(toy, "build_image")
     assert "the package lists could not be fetched" in err
     assert "is the network there?" in err
     assert not (toy.out / "lock.json").exists()
     assert toy.made() == []
+
+
+def test_a_keyring_that_is_not_there(toy: ToyRepository, tmp_path: Path) -> None:
+    set_archive(toy, "http://127.0.0.1:9/debian", tmp_path / "none.gpg")
+    err = refused(toy, "build_image")
+    assert f"the keyring {tmp_path}/none.gpg of http://127.0.0.1:9/debian is not there" in err
+    assert "debian-archive-keyring" in err
 
 
 @pytest.fixture
@@ -229,7 +237,7 @@ def test_out_removed_altogether(toy: ToyRepository) -> None:
     """The lock goes with it, so that resolving comes first: here it has nowhere to ask."""
     assert toy.run()[0] == 0
     toy.made()
-    set_archive(toy, "http://127.0.0.1:9/debian", Path("/none.gpg"))
+    set_archive(toy, "http://127.0.0.1:9/debian", Path(__file__))
     shutil.rmtree(toy.root / "out")
     assert "could not be fetched" in refused(toy, "build_image")
     assert toy.made() == []
