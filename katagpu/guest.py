@@ -7,7 +7,19 @@ from pathlib import Path
 from katagpu import keys
 from katagpu.lock import Lock
 from katagpu.schema import DriverSource, Headers, Recipe, ToolkitSource
-from katagpu.stages import config, driver, final, image, kernel, rootfs, roots, source, toolkit
+from katagpu.stages import (
+    config,
+    driver,
+    extension,
+    final,
+    image,
+    kernel,
+    layers,
+    rootfs,
+    roots,
+    source,
+    toolkit,
+)
 from katagpu.stages.api import Ref, Stage
 
 
@@ -38,8 +50,18 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
                   roots.layer(lock, "driver_user", "NVIDIA user space", chain, slim=True)]
     if recipe.agent is not None:
         found.append(rootfs.agent_stage(recipe, root))
-    found += [rootfs.rootfs(recipe, root), image.image(recipe), image.initrd(recipe),
-              final.kata_config(recipe), final.manifest(recipe, lock)]
+    found += [*_images(recipe, lock, root), final.kata_config(recipe),
+              final.manifest(recipe, lock)]
     for stage in found:
         keys.code(stage.module)  # now: a key names the code that is loaded, not a later edit
     return {stage.name: stage for stage in found}
+
+
+def _images(recipe: Recipe, lock: Lock, root: Path) -> list[Stage]:
+    """The root file system and how it is packed: in one image, or base and driver's disk."""
+    packed = [rootfs.rootfs(recipe, root), image.image(recipe), image.initrd(recipe)]
+    if not layers.split(recipe):
+        return packed
+    tools = roots.layer(lock, "extension_tools", "what mounts the driver's disk",
+                        [Ref(stage="base", output="root")], slim=True)
+    return [tools, *packed, extension.root(recipe), extension.disk(recipe)]

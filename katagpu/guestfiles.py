@@ -89,8 +89,9 @@ def render(variables: Mapping[str, object], repository: Path = REPOSITORY) -> li
 
     The templates read `toolkit_mode` ("cdi", "hook" or "none"), `drm` (bool: the kernel has DRM),
     `hook_binary` (the toolkit's prestart program), `driver_layout` ("debian": Debian's packages,
-    "plain": everything in the library directory), `driver_version` and `multiarch`. A variable that
-    is used and not given is an error.
+    "plain": everything in the library directory), `driver_root` (where a disk with the driver is
+    mounted, or ""), `driver_version` and `multiarch`. A variable that is used and not given is an
+    error.
     """
     environment = _environment()
     layout = _load_layout(repository / LAYOUT)

@@ -29,6 +29,7 @@ from katagpu.schema import (
     Headers,
     Image,
     ImageFormat,
+    ImageModel,
     Kernel,
     KernelModule,
     KernelSource,
@@ -41,9 +42,9 @@ from katagpu.schema import (
 
 __all__ = [
     "Agent", "Arch", "Capability", "Compression", "Distribution", "DistributionId", "Driver",
-    "DriverSource", "Headers", "Image", "ImageFormat", "Kernel", "KernelModule", "KernelSource",
-    "Recipe", "Rootfs", "Toolkit", "ToolkitMode", "ToolkitSource", "features", "known", "load",
-    "problems",
+    "DriverSource", "Headers", "Image", "ImageFormat", "ImageModel", "Kernel", "KernelModule",
+    "KernelSource", "Recipe", "Rootfs", "Toolkit", "ToolkitMode", "ToolkitSource", "features",
+    "known", "load", "problems",
 ]
 
 Problem = tuple[tuple[str | int, ...], str, str | None]
@@ -141,6 +142,7 @@ def problems(recipe: Recipe, name: str, root: Path) -> Iterator[Problem]:
     yield from _toolkit(recipe, root)
     yield from _agent(recipe)
     yield from _image(recipe)
+    yield from _extension(recipe)
 
 
 def _kernel(recipe: Recipe, root: Path) -> Iterator[Problem]:
@@ -231,3 +233,17 @@ def _image(recipe: Recipe) -> Iterator[Problem]:
                f"levels: {what}")
     if image.dax_header and image.format is ImageFormat.INITRD:
         yield ("image", "dax_header"), "an initrd has no DAX header", "use a disk image"
+
+
+def _extension(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.image.model is not ImageModel.EXTENSION:
+        return
+    if recipe.image.format is ImageFormat.INITRD:
+        yield (("image", "format"), "the base of `model: extension` is a disk image",
+               "use `erofs` or `ext4`, or `model: single`")
+    if recipe.driver.source is DriverSource.NONE:
+        yield (("image", "model"), "`extension` is a disk with the driver, and there is none",
+               "name a driver, or use `model: single`")
+    if recipe.toolkit.mode is ToolkitMode.HOOK:
+        yield (("toolkit", "mode"), "`hook` needs the driver in the guest's own root, and `model: "
+               "extension` has it elsewhere", "use `mode: cdi`, or `image: {model: single}`")

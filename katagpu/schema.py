@@ -105,6 +105,13 @@ class ImageFormat(StrEnum):
     INITRD = "initrd"
 
 
+class ImageModel(StrEnum):
+    """Where the driver is: in the image, or on a disk of its own beside it."""
+
+    SINGLE = "single"
+    EXTENSION = "extension"
+
+
 class Compression(StrEnum):
     """Compressors of the packed root file system."""
 
@@ -226,6 +233,9 @@ class Rootfs(Section, frozen=True, kw_only=True):
 class Image(Section, frozen=True, kw_only=True):
     """How the guest's root file system is packed."""
 
+    model: Annotated[ImageModel, Meta(description=(
+        "`single`: everything in one image; `extension`: a base image without driver, and the "
+        "driver on a disk of its own (docs/image.md)"))] = ImageModel.SINGLE
     format: Annotated[ImageFormat, Meta(description=(
         "`erofs` or `ext4`: a disk image in Kata's layout; `initrd`: a cpio archive"))
     ] = ImageFormat.EROFS

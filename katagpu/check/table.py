@@ -8,7 +8,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from katagpu.check import closure, dlopen, driver, guest, leftovers, modindex, modules, toolkit
+from katagpu.check import (
+    closure,
+    dlopen,
+    driver,
+    extension,
+    guest,
+    leftovers,
+    modindex,
+    modules,
+    toolkit,
+)
 from katagpu.check.context import Guest
 from katagpu.check.facts import Allow, Fault, Finding, GuestFacts, Severity
 from katagpu.errors import StepError
@@ -59,6 +69,9 @@ CHECKS = (
     Check(id="toolkit-cdi", find=toolkit.cdi),
     Check(id="toolkit-hook", find=toolkit.hook),
     Check(id="toolkit-one-mode", find=toolkit.one_mode),
+    Check(id="extension-mount", find=extension.mounting),
+    Check(id="extension-base", find=extension.no_driver),
+    Check(id="extension-libraries", find=extension.libraries),
     Check(id="left-links", find=leftovers.dangling_libraries),
     Check(id="left-build-links", find=leftovers.build_links),
     Check(id="left-caches", find=leftovers.caches),
