@@ -7,6 +7,9 @@ from pathlib import Path
 from katagpu.tree import Capture
 
 
+OF_DRIVER = ("libcuda.so", "libnvidia-", "libnvcuvid.so")
+
+
 def write_tar(root: Path, target: str) -> str:
     """Write the tree as an uncompressed tar to `target`; its SHA-256."""
     with Path(target).open("wb") as sink:
@@ -27,13 +30,14 @@ def sizes(root: Path) -> dict[str, int]:
 
 def _part(path: str) -> str:
     name = path.rsplit("/", 1)[-1]
+    path = path if not path.startswith("lib/") else f"usr/{path}"  # on the driver's disk
     if path.startswith("var/lib/dpkg/"):
         return "dpkg's database"
     if path.startswith("usr/lib/modules/"):
         return "NVIDIA kernel modules" if "/drivers/video/" in path else "kernel modules"
     if path.startswith("usr/lib/firmware/"):
         return "GSP firmware"
-    if name.startswith("lib") and "/nvidia/" in path:
+    if name.startswith(OF_DRIVER) or (name.startswith("lib") and "/nvidia/" in path):
         return f"NVIDIA user space: {name.split('.so')[0]}"
     if name in ("nvidia-smi", "nvidia-persistenced"):
         return f"NVIDIA user space: {name}"
