@@ -6,7 +6,6 @@ from pathlib import Path
 
 from katagpu.tree import Capture
 
-
 OF_DRIVER = ("libcuda.so", "libnvidia-", "libnvcuvid.so")
 
 
