@@ -25,6 +25,7 @@ from katagpu.errors import StepError
 TRIPLET = "x86_64-linux-gnu"
 LIBRARIES = f"usr/lib/{TRIPLET}"
 FIRMWARE = "lib/firmware/nvidia"
+SOCKET = "var/run/nvidia-persistenced"
 # NVIDIA's own, by name: most of them are only dlopened, so no program's needs lead to them.
 DRIVER_LIBRARY = re.compile(
     r"lib(?:cuda|cudadebugger|nvcuvid|nvoptix|nvidia-(?!container)[\w-]+|(?:GLX|EGL|GLES\w*|vdpau)_nvidia)\.so")
@@ -78,8 +79,10 @@ def harvest(root: Path, *, layers: list[str], out: str, release: str) -> dict[st
     for directory in DATA:
         counts["data"] = counts.get("data", 0) + _tree(sources, f"/{directory}",
                                                        target / directory)
-    # nvidia-ctk looks for the daemon's socket below the driver's root.
-    (target / "run").symlink_to("/run")
+    # nvidia-ctk looks for the daemon's socket below the driver's root. Not a link of all of /run:
+    # by that it would find the programs under a second path, and give it to containers.
+    (target / SOCKET).parent.mkdir(parents=True)
+    (target / SOCKET).symlink_to("/run/nvidia-persistenced")
     (target / "etc").mkdir(exist_ok=True)
     return counts
 

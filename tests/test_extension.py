@@ -100,9 +100,11 @@ def test_what_is_on_the_disk_is_exactly_this(layers: Layers) -> None:
         f"{modules}/kernel/drivers/video/nvidia-uvm.ko",
         f"{modules}/modules.builtin", f"{modules}/modules.order", f"{modules}/kernel-build-id",
         f"lib/firmware/nvidia/{DRIVER}/gsp_ga10x.bin",
-        "etc/OpenCL/vendors/nvidia.icd", "usr/share/doc/libcuda1/copyright", "run"}
+        "etc/OpenCL/vendors/nvidia.icd", "usr/share/doc/libcuda1/copyright",
+        "var/run/nvidia-persistenced"}
     assert counts == {"programs and libraries": 7, "firmware": 1, "modules": 2, "data": 2}
-    assert (layers.out / "run").readlink() == Path("/run")
+    socket = layers.out / "var/run/nvidia-persistenced"
+    assert socket.readlink() == Path("/run/nvidia-persistenced")
     assert (layers.out / "etc/OpenCL/vendors/nvidia.icd").read_text() == "libcuda.so.1\n"
     assert not (layers.out / "bin/nvidia-smi").is_symlink()
     assert (layers.out / "bin/nvidia-smi").stat().st_mode & 0o777 == 0o755

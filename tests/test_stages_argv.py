@@ -249,7 +249,7 @@ def test_the_driver_s_disk_is_indexed_in_place_and_checked_where_it_is_mounted(
     place = "/katagpu/extension"
     assert build.ran == [
         ["ldconfig", "-n", f"{place}/usr/lib/x86_64-linux-gnu"], ["ldconfig", "-r", place],
-        ["rm", "-rf", f"{place}/var"], ["depmod", "--basedir", place, "6.12.9-nvidia-gpu"]]
+        ["rm", "-rf", f"{place}/var/cache"], ["depmod", "--basedir", place, "6.12.9-nvidia-gpu"]]
     (harvest, merged, given), (check, roots, facts) = build.calls
     assert (harvest, check) == ("harvest", "check")
     names = [path.name for path in merged[0].lower]

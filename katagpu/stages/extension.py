@@ -51,7 +51,7 @@ def make_root(build: Build) -> None:
     # The links that programs ask for, then the cache; -n makes no cache, and -r sees no other root.
     build.enter(["ldconfig", "-n", f"{PLACE}/{extension.LIBRARIES}"], tools, binds=binds)
     build.enter(["ldconfig", "-r", PLACE], tools, binds=binds)
-    build.enter(["rm", "-rf", f"{PLACE}/var"], tools, binds=binds)  # ldconfig's auxiliary cache
+    build.enter(["rm", "-rf", f"{PLACE}/var/cache"], tools, binds=binds)  # ldconfig's own
     build.enter(["depmod", "--basedir", PLACE, release], tools, binds=binds)
     guest = Root(lower=layers.stack(build, "guest"), upper=build.directory("guest"), special=False)
     disk = Root(lower=(out,), target=build.options["place"], special=False)

@@ -291,7 +291,6 @@ def split(toy: Toy) -> Toy:
     (root / "usr/lib/firmware/nvidia").mkdir()
     for path in [*(root / MODULES).iterdir()]:
         path.rename(modules / path.name)
-    (disk / "run").symlink_to("/run")
     ldconfig(root, cache_entries(root))
     ldconfig(disk, {name: f"/{LIB}/{name}" for name in cache_entries(disk)})
     _mounting(root)

@@ -222,6 +222,39 @@ def test_the_programs_start_where_they_are_mounted(split: Split) -> None:
     assert "NVreg_DeviceFileMode=0666" in said
 
 
+# Management mode finds the same files as nvml mode, and asks no GPU; nodes are all that it wants.
+GENERATE = """
+for node in nvidia0 nvidiactl nvidia-uvm; do
+    touch /dev/$node; mount --bind /dev/null /dev/$node
+done
+mkdir -p /run/nvidia-persistenced; touch /run/nvidia-persistenced/socket
+sed s/--mode=nvml/--mode=management/ /usr/libexec/katagpu/nvidia-guest >/tmp/guest
+sh /tmp/guest cdi && cat /run/cdi/nvidia.yaml
+"""
+
+
+def test_containers_get_the_driver_at_the_usual_paths(split: Split) -> None:
+    import yaml
+
+    build, place = split.build, layers.EXTENSION_ROOT
+    roots = [Root(lower=(split.files("image"),), upper=build.directory("cdi")),
+             Root(lower=(split.files("extension"),), target=place, special=False)]
+    said = build.enter(["sh", "-c", GENERATE], roots, capture=True).stdout
+    edits = yaml.safe_load(said)["containerEdits"]
+    mounts = {mount["containerPath"]: mount["hostPath"] for mount in edits["mounts"]}
+    version, library = split.recipe.driver.version, "/usr/lib/x86_64-linux-gnu"
+    wanted = {f"{library}/lib{name}.so.{version}" for name in (
+        "cuda", "nvidia-ml", "nvidia-nvvm", "nvidia-ptxjitcompiler", "nvidia-pkcs11-openssl3")}
+    wanted |= {"/bin/nvidia-smi", f"/lib/firmware/nvidia/{version}/gsp_ga10x.bin",
+               "/var/run/nvidia-persistenced/socket"}
+    assert wanted <= set(mounts)
+    assert {inside: f"{place}{inside}" for inside in mounts} == mounts
+    hooks = {hook["args"][1]: hook for hook in edits["hooks"]}
+    assert {hook["path"] for hook in hooks.values()} == {f"{place}/bin/nvidia-cdi-hook"}
+    assert f"libcuda.so.1::{library}/libcuda.so" in hooks["create-symlinks"]["args"]
+    assert "/sbin/ldconfig" in hooks["update-ldcache"]["args"]
+
+
 def test_another_driver_leaves_the_base_a_hit(split: Split, context: Context) -> None:
     split.plan.ensure("image")
     other = replace(split.recipe, driver=replace(split.recipe.driver, version="550.200"))
