@@ -15,7 +15,7 @@ import msgspec
 from katagpu import log
 from katagpu.plan import Plan
 from katagpu.schema import Headers, ImageFormat, Recipe
-from katagpu.stages import final
+from katagpu.stages import final, layers
 from katagpu.store import Output, writing
 
 STATE = ".restored.json"
@@ -42,8 +42,7 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
 
 def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
     """The artifacts of a public task."""
-    driver = recipe.driver.version or "no-driver"
-    base = f"kata-{recipe.name}-nvidia-gpu-{driver}"
+    base, split = final.image_file(recipe), layers.split(recipe)
     kernel = (
         Artifact(stage="kernel", output="vmlinuz", name="vmlinuz-{release}",
                  link=final.KERNEL),
@@ -58,19 +57,34 @@ def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
     report = (Artifact(stage="rootfs", output="report", name="checks.txt"),)
     initrd = (Artifact(stage="initrd", output="image", name=f"{base}.initrd",
                        link=final.INITRD),)
-    image = (Artifact(stage="image", output="image", name=f"{base}.image",
-                      link=final.IMAGE),)
+    image: tuple[Artifact, ...] = (
+        Artifact(stage="image", output="image", name=f"{base}.image",
+                 link=final.BASE_IMAGE if split else final.IMAGE),)
     if recipe.image.format is ImageFormat.INITRD:
         image = (msgspec.structs.replace(initrd[0], stage="image"),)
     about = (Artifact(stage="image", output="sizes", name="sizes.json"),
              Artifact(stage="image", output="files", name="files.mtree"),
              Artifact(stage="kata_config", output="config", name="50-katagpu.toml"),
+             Artifact(stage="kata_config", output="config_rs",
+                      name="50-katagpu-runtime-rs.toml"),
              Artifact(stage="manifest", output="manifest", name="manifest.json"))
+    if split:
+        image += _extension(recipe)
     return {
         "build_kernel": kernel, "build_headers": headers, "build_rootfs": report,
         "install_driver": (), "install_toolkit": (), "build_initrd": (*kernel, *initrd),
         "build_image": (*kernel, *headers, *report, *image, *about),
     }[task]
+
+
+def _extension(recipe: Recipe) -> tuple[Artifact, ...]:
+    """The driver's disk, with its hash under Kata's name for it."""
+    return (Artifact(stage="extension", output="image", name=final.extension_file(recipe),
+                     link=final.EXTENSION_IMAGE),
+            Artifact(stage="extension", output="verity",
+                     name="root_hash_nvidia-gpu-extension.txt"),
+            Artifact(stage="extension", output="sizes", name="sizes-extension.json"),
+            Artifact(stage="extension_root", output="report", name="checks-extension.txt"))
 
 
 class Outcome:

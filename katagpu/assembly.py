@@ -26,13 +26,21 @@ def lay(root: Path, variables: dict[str, object]) -> list[str]:
 
 
 def check(root: Path, facts: dict[str, Any]) -> list[Finding]:
-    """The consistency checks; their findings."""
-    driver = facts.pop("driver")
+    """The consistency checks; their findings.
+
+    `extension` is the place of the driver's disk. With a driver it is mounted there; without, the
+    base alone is checked.
+    """
+    driver, extension = facts.pop("driver"), facts["extension"]
+    programs = "/usr/bin" if extension is None else f"{extension}/bin"
     known = GuestFacts(
         kernel_release=facts["kernel_release"], symvers=Path(facts["symvers"]),
         kernel_config=Path(facts["kernel_config"]), kernel_build_id=facts["kernel_build_id"],
         toolkit=Toolkit(facts["toolkit"]), agent=facts["agent"], vgpu=facts["vgpu"],
         root_format=RootFormat(facts["root_format"]), compressor=facts["compressor"],
+        extension=extension,
+        toolkit_programs=() if extension is not None and driver is None else (
+            f"{programs}/nvidia-ctk", f"{programs}/nvidia-cdi-hook"),
         driver=None if driver is None else Driver(
             version=driver["version"], flavour=Flavour(driver["flavour"]),
             capabilities=frozenset(Capability(name) for name in driver["capabilities"])))

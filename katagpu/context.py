@@ -14,7 +14,7 @@ from katagpu.errors import CorruptBlob, KatagpuError, UserError
 from katagpu.locks import Locks
 from katagpu.plan import Plan
 from katagpu.schema import Recipe, ToolkitSource
-from katagpu.stages import final
+from katagpu.stages import final, layers
 from katagpu.stages.api import Stage
 from katagpu.store import Store, default_root, writing
 
@@ -226,7 +226,11 @@ class Context:
         log.say("To use it with Kata Containers, on the host that runs them:")
         log.say(f"  sudo cp -a {shown}/vmlinuz-* {shown}/vmlinux-* {shown}/kata-* "
                 f"{final.PLACE}/")
-        log.say(f"  and put {shown}/50-katagpu.toml where its first lines say")
+        log.say(f"  and put {shown}/50-katagpu.toml, or 50-katagpu-runtime-rs.toml for Kata's Rust "
+                "runtime, where its first lines say")
+        if layers.split(self.recipe):
+            log.say("Another driver needs one more disk, kata-*-extension-*, and a drop-in for a "
+                    "runtime of its own; kernel and base are the same.")
         if self.recipe.agent is None:
             log.warn("no kata-agent in this image: it boots, but Kata cannot use it until the "
                      "recipe's `agent:` names one (README, third step)")

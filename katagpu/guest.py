@@ -10,10 +10,12 @@ from katagpu.schema import DriverSource, Headers, ModulesBy, Recipe, ToolkitSour
 from katagpu.stages import (
     config,
     driver,
+    extension,
     final,
     image,
     installer,
     kernel,
+    layers,
     rootfs,
     roots,
     runfile,
@@ -52,8 +54,8 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
         found.append(roots.layer(lock, "services", "NVIDIA's daemons", chain, slim=True))
     if recipe.agent is not None:
         found.append(rootfs.agent_stage(recipe, root))
-    found += [rootfs.rootfs(recipe, root), image.image(recipe), image.initrd(recipe),
-              final.kata_config(recipe), final.manifest(recipe, lock)]
+    found += [*_images(recipe, lock, root), final.kata_config(recipe),
+              final.manifest(recipe, lock)]
     for stage in found:
         keys.code(stage.module)  # now: a key names the code that is loaded, not a later edit
     return {stage.name: stage for stage in found}
@@ -71,3 +73,13 @@ def _driver(recipe: Recipe, lock: Lock, root: Path, chain: list[Ref]) -> list[St
     if recipe.driver.modules_by is ModulesBy.KATAGPU:
         return [package, runfile.modules(recipe, root), user]
     return [package, roots.layer(lock, "driver_build", "EXTRA_PKGS on the guest", chain), user]
+
+
+def _images(recipe: Recipe, lock: Lock, root: Path) -> list[Stage]:
+    """The root file system and how it is packed: in one image, or base and driver's disk."""
+    packed = [rootfs.rootfs(recipe, root), image.image(recipe), image.initrd(recipe)]
+    if not layers.split(recipe):
+        return packed
+    tools = roots.layer(lock, "extension_tools", "what mounts the driver's disk",
+                        [Ref(stage="base", output="root")], slim=True)
+    return [tools, *packed, extension.root(recipe), extension.disk(recipe)]

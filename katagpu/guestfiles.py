@@ -90,9 +90,9 @@ def render(variables: Mapping[str, object], repository: Path = REPOSITORY) -> li
     The templates read `toolkit_mode` ("cdi", "hook" or "none"), `services` (a list of "dcgm" and
     "fabricmanager"), `drm` (bool: the kernel has DRM),
     `hook_binary` (the toolkit's prestart program), `driver_layout` ("debian": Debian's packages,
-    "plain": everything in the library directory), `driver_version`, `multiarch` and `vgpu` (the
-    licence client's settings by the recipe's names, or None). A variable that is used and not
-    given is an error.
+    "plain": everything in the library directory), `driver_root` (where a disk with the driver is
+    mounted, or ""), `driver_version`, `multiarch` and `vgpu` (the licence client's settings by the
+    recipe's names, or None). A variable that is used and not given is an error.
     """
     environment = _environment()
     layout = _load_layout(repository / LAYOUT)

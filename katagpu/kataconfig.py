@@ -8,10 +8,12 @@ Source of the keys: Kata 4.1.0, src/runtime/pkg/katautils/config.go and src/libs
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 
+from katagpu import verity
 from katagpu.errors import UserError
 
 FILE_NAME = "50-katagpu.toml"  # users' drop-ins are 50 to 89; names below are kata-deploy's
@@ -20,6 +22,7 @@ HOOK_PATH = "/usr/share/oci/hooks"
 KERNEL_PARAMS = ("cgroup_no_v1=all", "pci=realloc", "pci=nocrs", "pci=assign-busses")
 TIMEOUT_S = 1200  # Kata's value: a guest with eight GPUs and the first pull of an image
 MAX_ROOT_PORTS = 16
+EXTENSION_NAME = re.compile(r"[A-Za-z0-9_-]+")  # it becomes a disk's serial and a kernel parameter
 
 _DIRECTORIES: Mapping[str, str] = {
     "go": "/opt/kata/share/defaults/kata-containers/runtimes",
@@ -50,6 +53,26 @@ class ToolkitMode(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Extension:
+    """A disk that Kata attaches beside the image, and the guest mounts by its name.
+
+    `path` is on the host that runs Kata; `verity_params` is the line by which the guest verifies
+    it (empty: it is mounted unverified). Raises `UserError` for what Kata's runtime refuses.
+    """
+
+    name: str
+    path: str
+    verity_params: str = ""
+
+    def __post_init__(self) -> None:
+        if not EXTENSION_NAME.fullmatch(self.name):
+            raise UserError(f"{self.name!r} cannot be the name of an extension",
+                            hint="letters, digits, minus and underscore")
+        if self.verity_params:
+            verity.read(self.verity_params)
+
+
+@dataclass(frozen=True, kw_only=True)
 class KataSettings:
     """What the drop-in is made from. Paths are those on the host that runs Kata.
 
@@ -71,6 +94,7 @@ class KataSettings:
     default_vcpus: int = 1
     default_memory: int = 8192
     extra_kernel_params: tuple[str, ...] = ()
+    extensions: tuple[Extension, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.image is None) == (self.initrd is None):
@@ -96,8 +120,15 @@ def render_drop_in(settings: KataSettings, handler: str | None = None) -> str:
     }
     lines = [*_header(settings, handler)]
     for name, table in tables.items():
-        lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
+        lines += ["", f"[{name}]", *_rows(table)]
+        # A drop-in replaces a whole array: these are all extensions that the guest gets.
+        for extension in settings.extensions if name == "hypervisor.qemu" else ():
+            lines += ["", f"[[{name}.guest_extension_images]]", *_rows(asdict(extension))]
     return "\n".join(lines) + "\n"
+
+
+def _rows(table: Table) -> list[str]:
+    return [f"{key} = {_toml(value)}" for key, value in table.items()]
 
 
 def drop_in_directory(shim: Shim, handler: str | None = None) -> str:
@@ -139,8 +170,9 @@ def _hypervisor(settings: KataSettings) -> Table:
         table["hot_plug_vfio"] = _port(settings, Plug.HOT)
     else:
         table["vm_rootfs_driver"] = "virtio-pmem" if settings.dax_header else "virtio-blk-pci"
-        # The driver is in our image; Kata's composable guest has it in a second one.
-        table["guest_extension_images"] = []
+        if not settings.extensions:
+            # The driver is in our image; Kata's composable guest has it in a second one.
+            table["guest_extension_images"] = []
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from katagpu import filelist
@@ -22,6 +23,15 @@ def survey(root: Path, target: str) -> dict[str, int]:
     """Write the list of all files to `target`; bytes by part of the guest, largest first."""
     entries = filelist.scan(root)
     Path(target).write_bytes(filelist.render(entries))
+    return _sizes(entries)
+
+
+def sizes(root: Path) -> dict[str, int]:
+    """Bytes by part, largest first."""
+    return _sizes(filelist.scan(root))
+
+
+def _sizes(entries: Iterable[filelist.Entry]) -> dict[str, int]:
     parts: dict[str, int] = {}
     for entry in entries:
         if entry.kind is filelist.Kind.FILE:
@@ -32,6 +42,7 @@ def survey(root: Path, target: str) -> dict[str, int]:
 
 def _part(path: str) -> str:
     name = path.rsplit("/", 1)[-1]
+    path = path if not path.startswith("lib/") else f"usr/{path}"  # on the driver's disk
     if path.startswith("var/lib/dpkg/"):
         return "dpkg's database"
     if path.startswith("usr/lib/modules/"):

@@ -29,6 +29,7 @@ from katagpu.schema import (
     Distribution,
     DriverSource,
     Headers,
+    ImageModel,
     KernelModule,
     KernelSource,
     ModulesBy,
@@ -51,13 +52,16 @@ TOOLCHAIN = (
     "xz-utils", "zstd",
 )
 IMAGE_TOOLS = (
-    ESSENTIAL, "ca-certificates", "cpio", "e2fsprogs", "erofs-utils", "gcc", "golang-go",
-    "libarchive13t64", "libc6-dev", "zstd",
+    ESSENTIAL, "ca-certificates", "cpio", "cryptsetup-bin", "e2fsprogs", "erofs-utils", "gcc",
+    "golang-go", "libarchive13t64", "libc6-dev", "zstd",
 )
 # systemd with udev (GPUs are hot-plugged), and what kata-agent calls (docs/guest.md).
 BASE = (
     ESSENTIAL, "chrony", "dbus", "e2fsprogs", "iptables", "kmod", "systemd-sysv", "udev",
 )
+# What mounts the driver's disk: veritysetup. A layer on the base, so that the base is the same in
+# both models.
+EXTENSION_TOOLS = ("cryptsetup-bin",)
 # Debian's driver packages by capability. nvidia-kernel-support is left out on purpose: it maps
 # `modprobe nvidia` to nvidia-current, and our modules are named nvidia. libcuda1 only dlopens
 # libnvidia-nvvm and does not depend on it.
@@ -107,6 +111,8 @@ def groups(recipe: Recipe, root: Path) -> dict[str, Group]:
         "imagetools": Group(packages=IMAGE_TOOLS, archives=tools),
         "base": Group(packages=(*BASE, *shipped)),
     }
+    if recipe.image.model is ImageModel.EXTENSION:
+        found["extension_tools"] = Group(packages=EXTENSION_TOOLS, on="base")
     if recipe.kernel.headers is Headers.RPM:
         found["rpm_tools"] = Group(packages=("rpm",), on="toolchain")
     if extra:

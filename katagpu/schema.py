@@ -129,6 +129,13 @@ class ImageFormat(StrEnum):
     INITRD = "initrd"
 
 
+class ImageModel(StrEnum):
+    """Where the driver is: in the image, or on a disk of its own beside it."""
+
+    SINGLE = "single"
+    EXTENSION = "extension"
+
+
 class Compression(StrEnum):
     """Compressors of the packed root file system."""
 
@@ -321,6 +328,9 @@ class Rootfs(Section, frozen=True, kw_only=True):
 class Image(Section, frozen=True, kw_only=True):
     """How the guest's root file system is packed."""
 
+    model: Annotated[ImageModel, Meta(description=(
+        "`single`: everything in one image; `extension`: a base image without driver, and the "
+        "driver on a disk of its own (docs/image.md)"))] = ImageModel.SINGLE
     format: Annotated[ImageFormat, Meta(description=(
         "`erofs` or `ext4`: a disk image in Kata's layout; `initrd`: a cpio archive"))
     ] = ImageFormat.EROFS
@@ -384,11 +394,3 @@ class Recipe(Section, frozen=True, kw_only=True):
     vgpu: Annotated[Vgpu | None, Meta(description=(
         "the driver is a GRID guest driver for vGPUs; without it the guest has no licence client"))
     ] = None
-
-
-EXPLANATIONS: dict[tuple[str | int, ...], str] = {
-    ("toolkit", "mode"): (
-        "`cdi` or `hook`, not both: kata-agent drops guest hooks without a word when the "
-        "container's specification has hooks already, and CDI devices bring hooks"),
-}
-"""Fields where a value of the wrong type deserves the reason."""

@@ -20,9 +20,10 @@ ALL = ["driver_modules", "driver_user", "image", "kata_config", "kernel", "kerne
 RESULTS = {
     "vmlinuz-6.1-toy", "vmlinuz-nvidia-gpu.container", "vmlinux-6.1-toy",
     "vmlinux-nvidia-gpu.container", "System.map-6.1-toy", "config-6.1-toy",
-    "linux-headers-6.1-toy.deb", "checks.txt", "sizes.json", "files.mtree", "50-katagpu.toml",
-    "manifest.json", "kata-debian-trixie-nvidia-gpu-550.163.01.image",
-    "kata-containers-nvidia-gpu.img"}
+    "linux-headers-6.1-toy.deb", "checks.txt", "sizes.json", "files.mtree",
+    "50-katagpu.toml",
+    "50-katagpu-runtime-rs.toml", "manifest.json",
+    "kata-debian-trixie-nvidia-gpu-550.163.01.image", "kata-containers-nvidia-gpu.img"}
 
 
 @pytest.fixture

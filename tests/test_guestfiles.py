@@ -20,6 +20,7 @@ VARIABLES: dict[str, object] = {
     "drm": False,
     "hook_binary": "/usr/bin/nvidia-container-runtime-hook",
     "driver_layout": "debian",
+    "driver_root": "",
     "driver_version": "550.163.01",
     "multiarch": "x86_64-linux-gnu",
     "vgpu": None,

@@ -9,6 +9,7 @@ import pytest
 
 from katagpu.errors import UserError
 from katagpu.kataconfig import (
+    Extension,
     KataSettings,
     Plug,
     Shim,
@@ -169,3 +170,28 @@ def test_strings_survive() -> None:
 def test_what_cannot_work_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         settings(**changes)
+
+
+LINE = (f"root_hash={'ab' * 32},salt={'01' * 32},data_blocks=12,data_block_size=4096,"
+        "hash_block_size=4096")
+
+
+@pytest.mark.parametrize("shim", list(Shim))
+def test_extensions_are_the_whole_array(shim: Shim) -> None:
+    gpu = Extension(name="gpu", path="/opt/g/gpu.img", verity_params=LINE)
+    other = Extension(name="my-2_x", path="/opt/g/x.img")
+    drop_in = parsed(shim=shim, extensions=(gpu, other))
+    table = drop_in["hypervisor"]["qemu"]
+    assert table["guest_extension_images"] == [
+        {"name": "gpu", "path": "/opt/g/gpu.img", "verity_params": LINE},
+        {"name": "my-2_x", "path": "/opt/g/x.img", "verity_params": ""}]
+    # The tables after the array are not swallowed by it.
+    assert table["image"] == "/opt/g/guest.img" and drop_in["runtime"]["sandbox_cgroup_only"]
+    assert set(drop_in) == {"hypervisor", "agent", "runtime"}
+
+
+@pytest.mark.parametrize("fields", [
+    {"name": "a b"}, {"name": ""}, {"name": "a/b"}, {"verity_params": "root_hash=ab"}])
+def test_extensions_that_the_runtime_refuses(fields: dict[str, str]) -> None:
+    with pytest.raises(UserError):
+        Extension(**{"name": "gpu", "path": "/x", **fields})

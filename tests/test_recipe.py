@@ -8,10 +8,22 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from katagpu import recipe_docs
 from katagpu.errors import UserError
-from katagpu.recipe import KernelModule, Recipe, load, problems, versions, with_driver
+from katagpu.recipe import (
+    DriverSource,
+    ImageFormat,
+    ImageModel,
+    KernelModule,
+    Recipe,
+    ToolkitMode,
+    load,
+    problems,
+    versions,
+    with_driver,
+)
 from katagpu.schema import Agent, Section
 
 
@@ -268,6 +280,21 @@ def test_services_that_make_no_sense(root: Path) -> None:
     change(root, "[dcgm, dcgm]", "[dcgm]")
     change(root, 'source: debian\n  version: "550.163.01"', "source: none")
     assert "services[0]: 'dcgm' needs the driver, and there is none" in refused(root)
+
+
+@pytest.mark.parametrize(("section", "fields", "said"), [
+    ("image", {"format": ImageFormat.INITRD, "compression": "zstd"}, "is a disk image"),
+    ("toolkit", {"mode": ToolkitMode.HOOK}, "`model: extension` has it elsewhere"),
+    ("driver", {"source": DriverSource.NONE, "version": None}, "and there is none"),
+])
+def test_a_driver_s_disk_that_cannot_be(
+    root: Path, section: str, fields: dict[str, object], said: str,
+) -> None:
+    change(root, "image:\n", "image:\n  model: extension\n")
+    recipe = load("debian-trixie", root)
+    assert recipe.image.model is ImageModel.EXTENSION
+    wrong = replace(recipe, **{section: replace(getattr(recipe, section), **fields)})
+    assert [what for _where, what, _cure in problems(wrong, "debian-trixie", root) if said in what]
 
 
 def test_kernel_org_needs_a_version(root: Path) -> None:

@@ -15,6 +15,7 @@ from katagpu.recipe import (
     DistributionId,
     DriverSource,
     Headers,
+    ImageModel,
     KernelModule,
     KernelSource,
     Recipe,
@@ -306,3 +307,16 @@ def test_archives(
     monkeypatch.setattr(request, "host_archive", lambda _distribution: {})
     assert [(one.uri, one.suites) for one in request.archives(without.distribution, Path("/"))] == [
         ("http://snapshot/1", ("trixie",))]
+
+
+def test_a_driver_s_disk_needs_what_mounts_it_on_the_base(
+    default: Recipe, repository: Path,
+) -> None:
+    single = request.groups(default, repository)
+    split = request.groups(change(default, "image", model=ImageModel.EXTENSION), repository)
+    assert set(split) - set(single) == {"extension_tools"}
+    tools = split["extension_tools"]
+    assert tools.packages == ("cryptsetup-bin",) and tools.on == "base"
+    # The base itself is the same in both models, and so is the driver on it.
+    assert {name: split[name] for name in single} == single
+    assert "cryptsetup-bin" in single["imagetools"].packages

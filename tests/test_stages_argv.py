@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from katagpu import guest, recipe
+from katagpu import disk, guest, recipe, verity
 from katagpu.keys import PACKAGE
 from katagpu.lock import Deb, Lock
 from katagpu.run import Result
 from katagpu.sandbox import Bind, Root
-from katagpu.schema import Headers, ImageFormat, Recipe
+from katagpu.schema import Headers, ImageFormat, ImageModel, Recipe
 from katagpu.stages import roots
 from katagpu.stages.api import Build, Stage
 from katagpu.store import Kind, Output, Store
@@ -36,6 +36,8 @@ class Recorder(Build):
         self.networks: list[bool] = []
         self.effect = effect
         self.texts: dict[str, str] = {}
+        self.answer = b"6.12.9-nvidia-gpu\n"
+        self.calls: list[tuple[str, list[Root], dict[str, Any]]] = []
 
     def enter(self, argv: Sequence[str], roots: Sequence[Root], *, binds: Sequence[Bind] = (),
               env: Mapping[str, str] | None = None, cwd: str = "/", network: bool = False,
@@ -45,7 +47,7 @@ class Recorder(Build):
         self.environments.append(dict(env or {}))
         self.networks.append(network)
         self.effect(self, argv)
-        return Result(status=0, stdout=b"6.12.9-nvidia-gpu\n")
+        return Result(status=0, stdout=self.answer)
 
     def blob(self, name: str) -> Path:
         path = self.scratch / f"blob-{name}"
@@ -73,6 +75,9 @@ class Recorder(Build):
     def inside(self, function: Callable[..., Any], roots: Sequence[Root], **arguments: Any) -> Any:
         if "target" in arguments:
             Path(arguments["target"]).touch()
+        self.calls.append((function.__name__, list(roots), arguments))
+        if function.__name__ == "check":
+            return []
         return {"inodes": 1000, "blocks": 90000} if function.__name__ == "measure" else {}
 
 
@@ -214,3 +219,105 @@ def test_image_is_packed_from_the_merged_tree(default: Recipe, tmp_path: Path, i
     assert program in argv
     assert "/katagpu/tree" in argv and "/katagpu/out/fs" in argv
     assert set(build.outputs) == {"image", "sizes", "files"}
+
+
+def test_the_driver_s_disk_is_verified_over_its_whole_first_partition(
+        default: Recipe, tmp_path: Path) -> None:
+    split = replace(default, image=replace(default.image, model=ImageModel.EXTENSION))
+    packed = 130 << 20
+
+    def effect(build: Recorder, argv: Sequence[str]) -> None:
+        if "mkfs.erofs" in argv:
+            with (build.directory("packed") / "fs").open("wb") as stream:
+                stream.truncate(packed)
+        else:
+            (build.directory("packed") / "hashes").write_bytes(b"tree")
+
+    build = Recorder(stage(split, "extension"), tmp_path, effect)
+    build.answer = (f"Data blocks: 34048\nData block size: 4096\nHash block size: 4096\n"
+                    f"Salt: {'01' * 32}\nRoot hash: {'ab' * 32}\n").encode()
+    build.stage.make(build)
+    erofs, format_ = build.ran
+    assert "mkfs.erofs" in erofs and "-zzstd,level=3" in erofs
+    assert "-Enoinline_data" not in erofs
+    data, hashes = disk.layout(disk.erofs_size(packed, hashed=True), hashed=True).partitions
+    salt = verity.salt("0" * 64)
+    assert format_ == ["veritysetup", "format", "--no-superblock", "--hash=sha256",
+                       "--data-block-size=4096", "--hash-block-size=4096",
+                       f"--data-blocks={data.size // 4096}", f"--salt={salt}",
+                       "/katagpu/out/fs", "/katagpu/out/hashes"]
+    assert (tmp_path / "packed/fs").stat().st_size == data.size
+    image = tmp_path / "disk.img"
+    assert disk.partitions(image) == [data, hashes] and data.boot
+    with image.open("rb") as stream:
+        stream.seek(hashes.offset)
+        assert stream.read(5) == b"tree\0"
+    assert set(build.outputs) == {"image", "verity", "sizes"}
+
+
+def test_the_driver_s_disk_is_indexed_in_place_and_checked_where_it_is_mounted(
+        default: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("katagpu.check.elf.read_build_id", lambda path: "12ab")
+    split = replace(default, image=replace(default.image, model=ImageModel.EXTENSION))
+    build = Recorder(stage(split, "extension_root"), tmp_path)
+    build.texts["release"] = "6.12.9-nvidia-gpu"
+    build.stage.make(build)
+    place = "/katagpu/extension"
+    assert build.ran == [
+        ["ldconfig", "-n", f"{place}/usr/lib/x86_64-linux-gnu"], ["ldconfig", "-r", place],
+        ["rm", "-rf", f"{place}/var/cache"], ["depmod", "--basedir", place, "6.12.9-nvidia-gpu"]]
+    (harvest, merged, given), (check, roots, facts) = build.calls
+    assert (harvest, check) == ("harvest", "check")
+    names = [path.name for path in merged[0].lower]
+    assert names == [f"tree-{name}" for name in (
+        "driver_modules", "kernel_modules", "driver_user", "toolkit", "base")]
+    assert [Path(layer).name for layer in given["layers"]] == [
+        "tree-toolkit", "tree-driver_user", "tree-driver_modules"]
+    guest_root, mounted = roots
+    assert [path.name for path in guest_root.lower] == [
+        "tree-rootfs", "tree-kernel_modules", "tree-extension_tools", "tree-base"]
+    assert mounted.target == "/run/kata-extensions/gpu"
+    assert mounted.lower == (tmp_path / "extension",)
+    assert facts["facts"]["extension"] == mounted.target
+    assert facts["facts"]["driver"]["version"] == "550.163.01"
+
+
+def test_the_base_is_rendered_and_checked_without_its_driver(
+        default: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("katagpu.check.elf.read_build_id", lambda path: "12ab")
+    split = replace(default, image=replace(default.image, model=ImageModel.EXTENSION))
+    build = Recorder(stage(split, "rootfs"), tmp_path)
+    build.stage.make(build)
+    (_lay, _roots, given), (_check, _plain, facts) = build.calls
+    assert given["variables"]["driver_root"] == "/run/kata-extensions/gpu"
+    assert given["variables"]["driver_version"] == ""
+    assert facts["facts"]["driver"] is None
+    assert facts["facts"]["extension"] == "/run/kata-extensions/gpu"
+
+
+@pytest.mark.parametrize("model", list(ImageModel))
+def test_drop_ins_for_both_runtimes(default: Recipe, tmp_path: Path, model: ImageModel,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    import tomllib
+
+    written: dict[str, bytes] = {}
+    chosen = replace(default, image=replace(default.image, model=model))
+    build = Recorder(stage(chosen, "kata_config"), tmp_path)
+    monkeypatch.setattr(build, "put_bytes", written.__setitem__)
+    line = str(verity.Verity(root_hash="ab" * 32, salt="01" * 32, data_blocks=9))
+    build.texts["verity"] = f"{line}\n"
+    build.stage.make(build)
+    tables = {name: tomllib.loads(text.decode())["hypervisor"]["qemu"]
+              for name, text in written.items()}
+    assert "reconnect_timeout_ms" in written["config_rs"].decode()
+    assert "hot_plug_vfio" in tables["config"] and "hot_plug_vfio" not in tables["config_rs"]
+    place = "/opt/kata/share/kata-containers"
+    for table in tables.values():
+        if model is ImageModel.EXTENSION:
+            assert table["image"] == f"{place}/kata-containers-nvidia.img"
+            assert table["guest_extension_images"] == [{
+                "name": "gpu", "verity_params": line, "path":
+                f"{place}/kata-debian-trixie-nvidia-gpu-extension-550.163.01.image"}]
+        else:
+            assert table["image"] == f"{place}/kata-containers-nvidia-gpu.img"
+            assert not table.get("guest_extension_images")

@@ -23,6 +23,7 @@ from katagpu.recipe import (
     Compression,
     Headers,
     ImageFormat,
+    ImageModel,
     KernelModule,
     Recipe,
     Repository,
@@ -272,3 +273,96 @@ def test_a_task_makes_the_stages_of_its_artifacts(
     plan = Plan(guest.stages(chosen, locked(default, root), root), Store(tmp_path), tmp_path)
     made = {stage for name in tasks.STAGES[task] for stage in plan.closure(name)}
     assert {artifact.stage for artifact in artifacts.of(chosen, task)} <= made
+
+
+# --- the driver on a disk of its own --------------------------------------------------------------
+
+
+BASE_STAGES = {"stage0", "toolchain", "imagetools", "base", "extension_tools", "kernel_source",
+               "kernel_config", "kernel", "toolkit_source", "toolkit", "rootfs", "image", "initrd"}
+OF_DRIVER = {"driver_modules", "driver_user", "extension_root", "extension", "kata_config",
+             "manifest"}
+
+
+@pytest.fixture(scope="module")
+def split(default: Recipe) -> Recipe:
+    """The default recipe with the driver on a disk of its own."""
+    return section("image", model=ImageModel.EXTENSION)(default)
+
+
+def chained(stages: dict[str, Stage]) -> dict[str, str]:
+    """Each stage's action digest where every input's content changes with the stage's digest."""
+    found: dict[str, str] = {}
+    for name, stage in stages.items():
+        # An input that does not come before its reader is a KeyError here.
+        found[name] = keys.digest(stage.key({role: f"{found[ref.stage]}/{ref.output}"
+                                             for role, ref in stage.inputs.items()}))
+    return found
+
+
+@pytest.mark.parametrize("change", [
+    section("driver", version="550.200"), section("driver", kernel_module=KernelModule.CLOSED),
+    section("driver", capabilities=(Capability.COMPUTE,))], ids=["version", "flavour", "libraries"])
+def test_another_driver_leaves_the_base_as_it_is(
+    split: Recipe, root: Path, change: Change,
+) -> None:
+    before = chained(guest.stages(split, locked(split, root), root))
+    assert set(before) == BASE_STAGES | OF_DRIVER
+    other = change(split)
+    lock = locked(other, root, driver_user="2", driver_source="2")
+    again = changed(before, chained(guest.stages(other, lock, root)))
+    assert again == OF_DRIVER
+
+
+def test_a_single_image_is_made_again_for_another_driver(default: Recipe, root: Path) -> None:
+    """The counterpart: the test above sees a change where there is one."""
+    before = chained(guest.stages(default, locked(default, root), root))
+    after = chained(guest.stages(default, locked(default, root, driver_source="2"), root))
+    assert {"rootfs", "image", "initrd"} <= changed(before, after)
+
+
+def test_both_models_share_all_that_takes_long(
+    default: Recipe, split: Recipe, root: Path,
+) -> None:
+    one = chained(guest.stages(default, locked(default, root), root))
+    two = chained(guest.stages(split, locked(split, root), root))
+    assert changed(one, two) == {"extension_tools", "rootfs", "image", "initrd", "extension_root",
+                                 "extension", "kata_config", "manifest"}
+
+
+@pytest.mark.parametrize(("change", "again"), [
+    (section("image", level=9), {"image", "extension"}),
+    (section("image", dax_header=True), {"image", "kata_config", "manifest"}),
+    (section("image", compression=Compression.LZ4HC),
+     {"image", "rootfs", "extension_root", "extension", "manifest"}),
+    # The disk stays erofs, with the compressor that it had.
+    (section("image", format=ImageFormat.EXT4, compression=Compression.NONE),
+     {"image", "rootfs", "kata_config", "manifest"}),
+    (lambda old: replace(old, name="other"), {"kata_config", "manifest"}),
+], ids=["level", "dax", "compression", "ext4", "name"])
+def test_what_a_change_of_the_image_runs_again(
+    split: Recipe, root: Path, change: Change, again: set[str],
+) -> None:
+    lock = locked(split, root)
+    assert changed(digests(guest.stages(split, lock, root)),
+                   digests(guest.stages(change(split), lock, root))) == again
+
+
+@pytest.mark.parametrize("task", list(tasks.STAGES))
+def test_artifacts_of_both_disks_are_made_by_their_tasks(
+    split: Recipe, root: Path, task: str, tmp_path: Path,
+) -> None:
+    stages = guest.stages(split, locked(split, root), root)
+    plan = Plan(stages, Store(tmp_path), tmp_path)
+    made = {stage for name in tasks.STAGES[task] for stage in plan.closure(name)}
+    wanted = artifacts.of(split, task)
+    assert {artifact.stage for artifact in wanted} <= made
+    assert all(artifact.output in stages[artifact.stage].outputs for artifact in wanted)
+
+
+def test_names_of_the_two_disks(split: Recipe) -> None:
+    named = {artifact.name: artifact.link for artifact in artifacts.of(split, "build_image")}
+    assert named["kata-debian-trixie-nvidia-gpu-base.image"] == "kata-containers-nvidia.img"
+    assert named["kata-debian-trixie-nvidia-gpu-extension-550.163.01.image"] == (
+        "kata-containers-nvidia-gpu-extension.img")
+    assert "kata-debian-trixie-nvidia-gpu-550.163.01.image" not in named

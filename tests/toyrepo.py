@@ -49,9 +49,8 @@ OUTPUTS = {
     "kernel_config": ["config"],
     "kernel": ["vmlinuz", "vmlinux", "system_map", "headers"],
     "driver_modules": ["modules"], "driver_user": ["layer"], "toolkit": ["layer"],
-    "rootfs": ["report"], "image": ["image", "sizes", "files"],
-    "initrd": ["image"],
-    "kata_config": ["config"], "manifest": ["manifest"],
+    "rootfs": ["report"], "image": ["image", "sizes", "files"], "initrd": ["image"],
+    "kata_config": ["config", "config_rs"], "manifest": ["manifest"],
 }
 NEEDS = {
     "kernel": ["kernel_config"], "driver_modules": ["kernel"], "image": ["rootfs"],

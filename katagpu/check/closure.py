@@ -135,22 +135,26 @@ def cache(guest: Guest) -> Iterator[Fault]:
     NVIDIA's container tools find the driver through this cache, so that a library which is only
     in a default directory is found by programs and not by them.
     """
-    linker = guest.linker
-    if not any((binary.interpreter or "").startswith("/lib64/ld-linux")
+    for place, linker in guest.caches.items():
+        if any((binary.interpreter or "").startswith("/lib64/ld-linux")
                for binary in linker.binaries.values()):
-        return
+            yield from _cache(place, linker)
+
+
+def _cache(place: str, linker: Linker) -> Iterator[Fault]:
+    where = place + CACHE
     cure = "run ldconfig in the guest after the last library was added or removed"
     if not linker.cache:
-        yield Fault(what="there is no readable cache of libraries", where=CACHE, cure=cure)
+        yield Fault(what="there is no readable cache of libraries", where=where, cure=cure)
         return
     for name, path in linker.cache.items():
         if linker.library(path) is None:
-            yield Fault(what=f"it lists {name} at {path}, which is not there", where=CACHE,
+            yield Fault(what=f"it lists {name} at {path}, which is not there", where=where,
                         cure=cure)
     for soname, path in _cacheable(linker):
         if soname not in linker.cache:
             of_driver = soname.startswith(("libcuda", "libnvidia", "libnvcuvid"))
-            yield Fault(what=f"it does not list {soname} ({path})", where=CACHE, cure=cure,
+            yield Fault(what=f"it does not list {soname} ({path})", where=where, cure=cure,
                         severity=Severity.ERROR if of_driver else Severity.WARNING)
 
 

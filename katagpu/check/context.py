@@ -31,19 +31,44 @@ class Guest:
     def __init__(self, top: Path, facts: GuestFacts) -> None:
         self.root = Root(top)
         self.facts = facts
-        self.linker = Linker(self.root)
+        mounted = facts.extension is not None and facts.driver is not None
+        self.extension = facts.extension if mounted else None
+        self.linker = Linker(self.root, self.extension)
         self.damaged_modules: dict[str, str] = {}
 
     @property
     def module_directory(self) -> str:
-        """/lib/modules/<release> of the kernel that the guest boots."""
-        return f"/lib/modules/{self.facts.kernel_release}"
+        """/lib/modules/<release> where the driver's modules are, of the kernel that it boots."""
+        return f"{self.extension or ''}/lib/modules/{self.facts.kernel_release}"
+
+    @property
+    def module_directories(self) -> tuple[str, ...]:
+        """All of them: the base has one, and an extension has one of its own."""
+        return tuple(dict.fromkeys((f"/lib/modules/{self.facts.kernel_release}",
+                                    self.module_directory)))
+
+    def driver_path(self, path: str) -> str:
+        """Where a path of the driver is: an extension has its programs in bin."""
+        return path if self.extension is None else self.extension + path.replace(
+            "/usr/bin/", "/bin/")
+
+    @cached_property
+    def caches(self) -> Mapping[str, Linker]:
+        """Each root that has an ld.so.cache of its own: its place, and its linker."""
+        found = {"": self.linker}
+        if self.extension is not None:
+            found[self.extension] = Linker(Root(self.root.host(self.extension)))
+        return found
+
+    def files_of(self, directory: str) -> tuple[str, ...]:
+        """The real path of every module file in a module directory."""
+        return tuple(path for path in self.root.below(directory) if path.endswith(SUFFIXES))
 
     @cached_property
     def module_files(self) -> tuple[str, ...]:
         """The real path of every module file of this kernel."""
-        return tuple(path for path in self.root.below(self.module_directory)
-                     if path.endswith(SUFFIXES))
+        return tuple(path for directory in self.module_directories
+                     for path in self.files_of(directory))
 
     @cached_property
     def modules(self) -> tuple[Module, ...]:
@@ -69,8 +94,8 @@ class Guest:
     @cached_property
     def builtin(self) -> frozenset[str]:
         """The modules that modules.builtin says are in vmlinux."""
-        lines = self.root.text(f"{self.module_directory}/modules.builtin").split()
-        return frozenset(canonical(line) for line in lines)
+        return frozenset(canonical(line) for directory in self.module_directories
+                         for line in self.root.text(f"{directory}/modules.builtin").split())
 
     @cached_property
     def symvers(self) -> Mapping[str, Export]:

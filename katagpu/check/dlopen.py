@@ -62,7 +62,8 @@ def driver_libraries(guest: Guest) -> Iterator[Fault]:
         return
     for row in DLOPENED:
         branch = int(driver.version.partition(".")[0])
-        skipped = row.loader is not None and guest.root.resolve(row.loader) is None
+        skipped = row.loader is not None and \
+            guest.root.resolve(guest.driver_path(row.loader)) is None
         if row.capability in driver.capabilities and branch >= row.since and not skipped:
             yield from _dlopened(guest, driver, row)
 
@@ -70,7 +71,7 @@ def driver_libraries(guest: Guest) -> Iterator[Fault]:
 def _dlopened(guest: Guest, driver: Driver, row: Dlopened) -> Iterator[Fault]:
     name = row.name.format(version=driver.version)
     library = guest.linker.find(name)
-    where = f"/usr/lib/x86_64-linux-gnu/{name}"
+    where = guest.driver_path(f"/usr/lib/x86_64-linux-gnu/{name}")
     if library is None:
         directory = guest.linker.uncached(name)
         cure = (f"it is in {directory}: run ldconfig in the guest" if directory is not None else
@@ -95,7 +96,8 @@ def programs(guest: Guest) -> Iterator[Fault]:
     """The programs of the recipe's capabilities are there and may be executed."""
     if guest.facts.driver is None:
         return
-    for capability, path in PROGRAMS:
+    for capability, program in PROGRAMS:
+        path = guest.driver_path(program)
         if capability in guest.facts.driver.capabilities and not guest.root.is_program(path):
             yield Fault(what=f"the capability '{capability}' wants this program", where=path,
                         cure="add it to the driver's packages or harvest it from the .run")
@@ -103,11 +105,11 @@ def programs(guest: Guest) -> Iterator[Fault]:
 
 def vendor_files(guest: Guest) -> Iterator[Fault]:
     """Each library that an OpenCL, EGL or Vulkan vendor file names is there."""
-    for path in guest.root.below("/etc/OpenCL/vendors"):
+    for path in guest.root.below(guest.driver_path("/etc/OpenCL/vendors")):
         yield from _named(guest, path, guest.root.text(path).strip())
     for directory in ("/usr/share/glvnd/egl_vendor.d", "/usr/share/vulkan/icd.d",
                       "/etc/vulkan/icd.d"):
-        for path in guest.root.below(directory):
+        for path in guest.root.below(guest.driver_path(directory)):
             try:
                 name = json.loads(guest.root.text(path))["ICD"]["library_path"]
             except (ValueError, KeyError, TypeError):

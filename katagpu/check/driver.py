@@ -62,13 +62,14 @@ def firmware(guest: Guest) -> Iterator[Fault]:
     driver = guest.facts.driver
     if driver is None:
         return
-    directory = f"/lib/firmware/nvidia/{driver.version}"
+    place = guest.driver_path("/lib/firmware/nvidia")
+    directory = f"{place}/{driver.version}"
     severity = Severity.ERROR if driver.flavour is Flavour.OPEN else Severity.WARNING
     for name in FIRMWARE:
         if not guest.root.is_file(f"{directory}/{name}"):
-            others = [version for version in guest.root.names("/lib/firmware/nvidia")
+            others = [version for version in guest.root.names(place)
                       if version != driver.version and guest.root.is_file(
-                          f"/lib/firmware/nvidia/{version}/{name}")]
+                          f"{place}/{version}/{name}")]
             cure = (f"the firmware there is of {', '.join(others)}: take that of {driver.version}"
                     if others else "add the driver's GSP firmware (Debian: firmware-nvidia-gsp)")
             yield Fault(what=f"the {driver.flavour} modules want this firmware",

@@ -118,9 +118,11 @@ def unit_programs(guest: Guest) -> Iterator[Fault]:
             key, _, value = line.partition("=")
             program = (value.split() or [""])[0].lstrip("-@:+!|")
             # A leading minus says that the program may fail or be absent. Kata's unit is laid into
-            # every guest, and does nothing in one without agent.
+            # every guest, and does nothing in one without agent. A base alone has no driver.
             optional = value.strip().startswith("-") or (
-                program == AGENT and not guest.facts.agent)
+                program == AGENT and not guest.facts.agent) or (
+                guest.facts.extension is not None and guest.extension is None
+                and program.startswith(f"{guest.facts.extension}/"))
             if key.startswith("Exec") and program.startswith("/") and not optional \
                     and not guest.root.is_program(program):
                 yield Fault(what=f"it starts {program}, which is not there", where=path,

@@ -21,7 +21,8 @@ def dangling_libraries(guest: Guest) -> Iterator[Fault]:
     """No link in a library directory leads nowhere: to a program it is a missing library."""
     root = guest.root
     directories = {root.resolve(directory)
-                   for directory in (*guest.linker.configured, *DEFAULT_DIRECTORIES)}
+                   for directory in (*guest.linker.configured, *DEFAULT_DIRECTORIES,
+                                     *guest.linker.library_path())}
     for path in root.links:
         directory, _, name = path.rpartition("/")
         if directory in directories and ".so" in name and root.resolve(path) is None:

@@ -20,10 +20,15 @@ FLAG_X86_64 = 0x0303
 
 
 class Linker:
-    """Finds libraries as the guest's ld.so would, without LD_LIBRARY_PATH."""
+    """Finds libraries as the guest's ld.so would.
 
-    def __init__(self, root: Root) -> None:
+    `extension` is where a disk with the driver is mounted: its programs are started with its
+    library directory in LD_LIBRARY_PATH, and nothing else is.
+    """
+
+    def __init__(self, root: Root, extension: str | None = None) -> None:
         self.root = root
+        self.extension = extension
         self.damaged: dict[str, str] = {}
         self._shared: dict[str, Binary | None] = {}
 
@@ -33,7 +38,7 @@ class Linker:
         found: dict[str, Binary] = {}
         for path in self.root.files:
             # Firmware is for other processors, and modules are read by `kmod`.
-            if path.startswith(("/usr/lib/firmware/", "/lib/firmware/")) or ".ko" in path[-7:]:
+            if "/lib/firmware/" in path or ".ko" in path[-7:]:
                 continue
             try:
                 with self.root.host(path).open("rb") as stream:
@@ -98,7 +103,7 @@ class Linker:
         """
         if "/" in name:
             return self.library(name)
-        for directory in self._run_paths(chain):
+        for directory in (*self._inherited(chain), *self.library_path(chain), *_own(chain)):
             found = self.library(f"{directory}/{name}")
             if found is not None:
                 return found
@@ -110,20 +115,28 @@ class Linker:
         return self._shared[name]
 
     @staticmethod
-    def _run_paths(chain: tuple[Binary, ...]) -> Iterator[str]:
-        asker = chain[0] if chain else None
+    def _inherited(chain: tuple[Binary, ...]) -> Iterator[str]:
         # A file with RUNPATH ignores every RPATH; RUNPATH is not inherited, RPATH is.
-        holders = chain if asker is not None and not asker.runpath else ()
+        holders = chain if chain and not chain[0].runpath else ()
         for holder in holders:
             if not holder.runpath:
                 yield from (_origin(entry, holder) for entry in holder.rpath)
-        if asker is not None:
-            yield from (_origin(entry, asker) for entry in asker.runpath)
+
+    def library_path(self, chain: tuple[Binary, ...] = ()) -> tuple[str, ...]:
+        """LD_LIBRARY_PATH of the program at the chain's end; without one, of the extension's."""
+        if self.extension is None or (
+                chain and not chain[-1].path.startswith(f"{self.extension}/")):
+            return ()
+        return (f"{self.extension}/usr/lib/x86_64-linux-gnu",)
 
     def uncached(self, name: str) -> str | None:
         """A configured directory that has the library although the cache does not list it."""
         return next((directory for directory in self.configured
                      if self.library(f"{directory}/{name}") is not None), None)
+
+
+def _own(chain: tuple[Binary, ...]) -> tuple[str, ...]:
+    return tuple(_origin(entry, chain[0]) for entry in chain[0].runpath) if chain else ()
 
 
 def _origin(entry: str, binary: Binary) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from katagpu.check.context import Guest
 from katagpu.check.elf import Damaged
@@ -17,25 +17,33 @@ MODPROBE_DIRECTORIES = ("/etc/modprobe.d", "/run/modprobe.d", "/usr/local/lib/mo
 LOADED_BY_NAME = ("nvidia", "nvidia_uvm")
 
 
-def _modules_dep(guest: Guest) -> Mapping[str, frozenset[str]]:
+def _each(guest: Guest, find: Callable[[Guest, str], Iterator[Fault]]) -> Iterator[Fault]:
+    """The faults of every module directory with modules in it: modprobe reads one, and no other."""
+    for directory in guest.module_directories:
+        if guest.files_of(directory):
+            yield from find(guest, directory)
+
+
+def _modules_dep(guest: Guest, directory: str) -> Mapping[str, frozenset[str]]:
     """modules.dep: path below the module directory to all that must be loaded with it."""
     pairs = (line.partition(":") for line in
-             guest.root.text(f"{guest.module_directory}/modules.dep").splitlines())
+             guest.root.text(f"{directory}/modules.dep").splitlines())
     return {path: frozenset(needs.split()) for path, colon, needs in pairs if colon}
 
 
 def complete(guest: Guest) -> Iterator[Fault]:
     """modules.dep lists every module file, and every file it lists is there."""
-    directory = guest.module_directory
+    yield from _each(guest, _complete)
+
+
+def _complete(guest: Guest, directory: str) -> Iterator[Fault]:
     where = f"{directory}/modules.dep"
-    if not guest.module_files:
-        return
     if guest.root.read(where) is None:
         yield Fault(what="depmod's list of modules is not there", where=where, cure=DEPMOD)
         return
     real = guest.root.resolve(directory)
-    there = {path.removeprefix(f"{real}/") for path in guest.module_files}
-    listed = set(_modules_dep(guest))
+    there = {path.removeprefix(f"{real}/") for path in guest.files_of(directory)}
+    listed = set(_modules_dep(guest, directory))
     for path in sorted(there - listed):
         yield Fault(what=f"{path} is not listed, so modprobe does not find it", where=where,
                     cure=DEPMOD)
@@ -49,8 +57,12 @@ def complete(guest: Guest) -> Iterator[Fault]:
 
 def closure(guest: Guest) -> Iterator[Fault]:
     """What modules.dep loads with a module is what the modules themselves depend on."""
-    where = f"{guest.module_directory}/modules.dep"
-    for path, listed in _modules_dep(guest).items():
+    for directory in guest.module_directories:
+        yield from _closure(guest, directory)
+
+
+def _closure(guest: Guest, directory: str) -> Iterator[Fault]:
+    for path, listed in _modules_dep(guest, directory).items():
         wanted = _all_depends(guest, canonical(path))
         found = {canonical(name) for name in listed}
         if canonical(path) in guest.by_name and wanted != found:
@@ -58,7 +70,7 @@ def closure(guest: Guest) -> Iterator[Fault]:
             yield Fault(what=f"{path}: " + "; ".join(
                             f"{word} {', '.join(names)}" for word, names in
                             (("lacks", lacking), ("does not need", extra)) if names),
-                        where=where, cure=DEPMOD)
+                        where=f"{directory}/modules.dep", cure=DEPMOD)
 
 
 def _all_depends(guest: Guest, name: str) -> set[str]:
@@ -74,12 +86,14 @@ def _all_depends(guest: Guest, name: str) -> set[str]:
 
 def indexes(guest: Guest) -> Iterator[Fault]:
     """The binary indexes, which are all that modprobe reads, say what the text files say."""
-    if not guest.module_files:
-        return
-    dep = {canonical(path) for path in _modules_dep(guest)}
-    aliases = set(_alias_names(guest))
+    yield from _each(guest, _indexes)
+
+
+def _indexes(guest: Guest, directory: str) -> Iterator[Fault]:
+    dep = {canonical(path) for path in _modules_dep(guest, directory)}
+    aliases = set(_alias_names(guest, directory))
     for name, wanted in (("modules.dep.bin", dep), ("modules.alias.bin", aliases)):
-        where = f"{guest.module_directory}/{name}"
+        where = f"{directory}/{name}"
         data = guest.root.read(where)
         if data is None:
             yield Fault(what="modprobe's index is not there", where=where, cure=DEPMOD)
@@ -96,8 +110,8 @@ def indexes(guest: Guest) -> Iterator[Fault]:
                         cure=DEPMOD)
 
 
-def _alias_names(guest: Guest) -> Iterator[str]:
-    for line in guest.root.text(f"{guest.module_directory}/modules.alias").splitlines():
+def _alias_names(guest: Guest, directory: str) -> Iterator[str]:
+    for line in guest.root.text(f"{directory}/modules.alias").splitlines():
         words = line.split()
         if len(words) == 3 and words[0] == "alias":
             yield words[1].replace("-", "_")
@@ -105,15 +119,18 @@ def _alias_names(guest: Guest) -> Iterator[str]:
 
 def aliases(guest: Guest) -> Iterator[Fault]:
     """modules.alias has every alias of every module: by them udev loads the driver for a GPU."""
-    if not guest.module_files:
-        return
-    listed = set(_alias_names(guest))
+    yield from _each(guest, _aliases)
+
+
+def _aliases(guest: Guest, directory: str) -> Iterator[Fault]:
+    listed = set(_alias_names(guest, directory))
+    inside = set(guest.files_of(directory))
     for module in guest.modules:
         lacking = [alias for alias in module.info.get("alias", ())
                    if alias.replace("-", "_") not in listed]
-        if lacking:
+        if lacking and module.path in inside:
             yield Fault(what=f"lacks {len(lacking)} aliases of {module.name}, {lacking[0]} among "
-                             "them", where=f"{guest.module_directory}/modules.alias", cure=DEPMOD)
+                             "them", where=f"{directory}/modules.alias", cure=DEPMOD)
 
 
 def _modprobe_lines(guest: Guest) -> Iterator[tuple[str, list[str]]]:
@@ -139,8 +156,9 @@ def modprobe(guest: Guest) -> Iterator[Fault]:
     """
     if guest.facts.driver is None:
         return
+    there = {canonical(path) for path in guest.files_of(guest.module_directory)}
     for name in LOADED_BY_NAME:
-        if name not in guest.by_name:
+        if name not in there:
             yield Fault(what=f"the module {name} is not there", where=guest.module_directory,
                         cure="lay the driver's modules into the guest and run depmod")
     for path, words in _modprobe_lines(guest):

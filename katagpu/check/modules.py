@@ -28,11 +28,14 @@ def readable(guest: Guest) -> Iterator[Fault]:
 
 def other_kernels(guest: Guest) -> Iterator[Fault]:
     """Only this kernel's modules are in the guest: others are dead weight, or a mix-up."""
-    for name in guest.root.names("/lib/modules"):
-        if name != guest.facts.kernel_release:
-            yield Fault(what=f"modules of another kernel; the guest boots "
-                             f"{guest.facts.kernel_release}", where=f"/lib/modules/{name}",
-                        cure="leave this directory out of the guest", severity=Severity.WARNING)
+    for directory in guest.module_directories:
+        parent = directory.rpartition("/")[0]
+        for name in guest.root.names(parent):
+            if name != guest.facts.kernel_release:
+                yield Fault(what=f"modules of another kernel; the guest boots "
+                                 f"{guest.facts.kernel_release}", where=f"{parent}/{name}",
+                            cure="leave this directory out of the guest",
+                            severity=Severity.WARNING)
 
 
 def vermagic(guest: Guest) -> Iterator[Fault]:
@@ -93,14 +96,19 @@ def build_id(guest: Guest) -> Iterator[Fault]:
 
     Without MODVERSIONS it is the only thing that binds the modules to one build of the kernel.
     """
-    record = f"{guest.module_directory}/{BUILD_ID_RECORD}"
+    for directory in guest.module_directories:
+        yield from _build_id(guest, directory)
+
+
+def _build_id(guest: Guest, directory: str) -> Iterator[Fault]:
+    record = f"{directory}/{BUILD_ID_RECORD}"
     recorded = guest.root.text(record).strip()
     if guest.facts.kernel_build_id is not None and recorded:
         if recorded != guest.facts.kernel_build_id:
             yield Fault(what=f"the modules are of the kernel with build id {recorded}, the guest "
                              f"boots {guest.facts.kernel_build_id}", where=record,
                         cure="take kernel and modules from the same build")
-    elif guest.config.get("MODVERSIONS") != "y" and guest.modules:
+    elif guest.config.get("MODVERSIONS") != "y" and guest.files_of(directory):
         lack = "the modules carry no build id" if not recorded else "vmlinux has no build id"
         yield Fault(what=f"{lack} and this kernel has no MODVERSIONS, so nothing shows that they "
                          "belong together", where=record,

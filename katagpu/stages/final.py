@@ -9,7 +9,7 @@ from katagpu import kataconfig, vgpu
 from katagpu.lock import Lock
 from katagpu.schema import DriverSource, Headers, ImageFormat, Recipe
 from katagpu.stages.api import Build, Ref, Stage
-from katagpu.stages.layers import RUN, toolkit_mode
+from katagpu.stages.layers import EXTENSION, RUN, split, toolkit_mode
 from katagpu.store import Kind
 
 MODULE = "stages.final"
@@ -18,6 +18,9 @@ KERNEL = "vmlinuz-nvidia-gpu.container"
 IMAGE = "kata-containers-nvidia-gpu.img"
 INITRD = "kata-containers-nvidia-gpu-initrd.img"
 
+BASE_IMAGE = "kata-containers-nvidia.img"  # Kata's names for the two disks
+EXTENSION_IMAGE = "kata-containers-nvidia-gpu-extension.img"
+
 PARTS = {"image": Ref(stage="image", output="image"),
          "vmlinuz": Ref(stage="kernel", output="vmlinuz"),
          "vmlinux": Ref(stage="kernel", output="vmlinux"),
@@ -25,34 +28,61 @@ PARTS = {"image": Ref(stage="image", output="image"),
          "kernel_config": Ref(stage="kernel_config", output="config"),
          "kata_config": Ref(stage="kata_config", output="config"),
          "sizes": Ref(stage="image", output="sizes"),
-         "files": Ref(stage="image", output="files")}
+         "files": Ref(stage="image", output="files"),
+         "kata_config_rs": Ref(stage="kata_config", output="config_rs")}
+DISK = Ref(stage="extension", output="image")
+VERITY = Ref(stage="extension", output="verity")
+
+
+def image_file(recipe: Recipe) -> str:
+    """The image's file name without its ending; a base without driver serves all drivers."""
+    variant = "base" if split(recipe) else recipe.driver.version or "no-driver"
+    return f"kata-{recipe.name}-nvidia-gpu-{variant}"
+
+
+def extension_file(recipe: Recipe) -> str:
+    """The file name of the driver's disk."""
+    return f"kata-{recipe.name}-nvidia-gpu-extension-{recipe.driver.version}.image"
 
 
 def kata_config(recipe: Recipe) -> Stage:
-    """The drop-in for the Go shim."""
-    return Stage(name="kata_config", title="Kata configuration drop-in", module=MODULE,
-                 make=make_kata_config, outputs={"config": Kind.FILE},
+    """The drop-ins for both of Kata's runtimes."""
+    image = BASE_IMAGE if split(recipe) else IMAGE
+    if recipe.image.format is ImageFormat.INITRD:
+        image = INITRD
+    # Under its own name and not the link's, so that one node can have several drivers.
+    extension = {"extension": extension_file(recipe)} if split(recipe) else {}
+    return Stage(name="kata_config", title="Kata configuration drop-ins", module=MODULE,
+                 make=make_kata_config, outputs={"config": Kind.FILE, "config_rs": Kind.FILE},
                  options={"format": str(recipe.image.format), "dax": recipe.image.dax_header,
-                          "toolkit": toolkit_mode(recipe)})
+                          "image": image, "toolkit": toolkit_mode(recipe), **extension},
+                 inputs={"verity": VERITY} if split(recipe) else {})
 
 
 def make_kata_config(build: Build) -> None:
-    """Render it."""
+    """Render them."""
     options = build.options
     initrd = options["format"] == ImageFormat.INITRD
-    settings = kataconfig.KataSettings(
-        kernel=f"{PLACE}/{KERNEL}", image=None if initrd else f"{PLACE}/{IMAGE}",
-        initrd=f"{PLACE}/{INITRD}" if initrd else None, dax_header=options["dax"],
-        rootfs_type="ext4" if initrd else options["format"],
-        toolkit_mode=kataconfig.ToolkitMode(options["toolkit"]))
-    build.put_bytes("config", kataconfig.render_drop_in(settings).encode())
+    image = f"{PLACE}/{options['image']}"
+    extensions: tuple[kataconfig.Extension, ...] = ()
+    if "extension" in options:
+        extensions = (kataconfig.Extension(
+            name=EXTENSION, path=f"{PLACE}/{options['extension']}",
+            verity_params=build.blob("verity").read_text().strip()),)
+    for output, shim in (("config", kataconfig.Shim.GO), ("config_rs", kataconfig.Shim.RUST)):
+        settings = kataconfig.KataSettings(
+            shim=shim, kernel=f"{PLACE}/{KERNEL}", image=None if initrd else image,
+            initrd=image if initrd else None, dax_header=options["dax"],
+            rootfs_type="ext4" if initrd else options["format"],
+            toolkit_mode=kataconfig.ToolkitMode(options["toolkit"]), extensions=extensions)
+        build.put_bytes(output, kataconfig.render_drop_in(settings).encode())
 
 
 def manifest(recipe: Recipe, lock: Lock) -> Stage:
     """What is inside: versions, digests and sizes."""
     driver, kernel = recipe.driver, recipe.kernel
     packages = {deb.package: deb.version
-                for group in ("base", "toolkit", "driver_user", "services")
+                for group in ("base", "extension_tools", "toolkit", "driver_user", "services")
                 for deb in lock.group(group)}
     facts: dict[str, Any] = {
         "recipe": recipe.name, "architecture": str(recipe.arch),
@@ -66,7 +96,7 @@ def manifest(recipe: Recipe, lock: Lock) -> Stage:
                         "toolkit", "nvidia-container-toolkit") or recipe.toolkit.version,
                     "mode": toolkit_mode(recipe)},
         "vgpu": vgpu.settings(recipe),
-        "image": {"format": str(recipe.image.format),
+        "image": {"model": str(recipe.image.model), "format": str(recipe.image.format),
                   "compression": str(recipe.image.compression),
                   "dax_header": recipe.image.dax_header},
         "packages": packages,
@@ -77,6 +107,9 @@ def manifest(recipe: Recipe, lock: Lock) -> Stage:
               "report": Ref(stage="rootfs", output="report")}
     if driver.source is DriverSource.RUNFILE:
         inputs["run"] = RUN
+    if split(recipe):
+        inputs |= {"extension": DISK, "verity": VERITY,
+                   "extension_report": Ref(stage="extension_root", output="report")}
     if recipe.agent is not None:
         inputs["agent"] = Ref(stage="agent", output="agent")
     return Stage(name="manifest", title="manifest", module=MODULE, make=make_manifest,
@@ -87,8 +120,13 @@ def make_manifest(build: Build) -> None:
     """Facts of the recipe and the lock, and the digest and size of every part."""
     parts = {name: {"sha256": output.identity, "size": output.size}
              for name, output in build.inputs.items()}
+    listed = [*PARTS, *(name for name in ("extension",) if name in parts)]
+    reports = [name for name in ("report", "extension_report") if name in build.inputs]
     content = {"schema": 1, "kernel_release": build.blob("release").read_text(), **build.options,
                "kata_agent": parts.get("agent"), "driver_package": parts.get("run"),
-               "parts": {name: parts[name] for name in PARTS},
-               "checks": build.blob("report").read_text().splitlines()}
+               "parts": {name: parts[name] for name in listed},
+               "checks": [line for name in reports
+                          for line in build.blob(name).read_text().splitlines()]}
+    if "verity" in build.inputs:
+        content["verity_params"] = build.blob("verity").read_text().strip()
     build.put_bytes("manifest", (json.dumps(content, indent=2) + "\n").encode())

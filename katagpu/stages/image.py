@@ -6,31 +6,29 @@ layers inside the sandbox, and the partition table around it is written here.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from katagpu import disk, filesystem, log, newc, packing
+from katagpu import filesystem, log, newc, packing
 from katagpu.keys import digest
-from katagpu.sandbox import Bind, Root
-from katagpu.schema import Compression, Image, ImageFormat, Recipe
+from katagpu.sandbox import Root
+from katagpu.schema import Compression, Image, ImageFormat, ImageModel, Recipe
+from katagpu.stages import disks
 from katagpu.stages.api import Build, Ref, Stage
 from katagpu.stages.layers import chain, stack
 from katagpu.store import Kind, writing
 from katagpu.tree import EPOCH
 
 MODULE = "stages.image"
-TREE = PurePosixPath("/katagpu/tree")
-OUT = PurePosixPath("/katagpu/out")
-PACKED = ("fs", "disk.img", "tree.tar", "initrd")  # all files that `pack` writes itself
-# docs/image.md has the measurements: higher levels cost much for little.
-LEVELS = {Compression.ZSTD: 3, Compression.LZ4HC: 9, Compression.NONE: 0}
+PACKED = (disks.FS, "disk.img", "tree.tar", "initrd")  # all files that `pack` writes itself
 
 
 def image(recipe: Recipe) -> Stage:
     """The image of the recipe's format."""
     chosen = recipe.image
     kind = "initrd" if chosen.format is ImageFormat.INITRD else f"{chosen.format} disk image"
+    if chosen.model is ImageModel.EXTENSION:
+        kind += " of the base, without driver"
     return _stage(recipe, "image", kind, chosen)
 
 
@@ -42,7 +40,7 @@ def initrd(recipe: Recipe) -> Stage:
 
 def _stage(recipe: Recipe, name: str, title: str, chosen: Image) -> Stage:
     layers = {**chain(recipe), "rootfs": Ref(stage="rootfs", output="layer")}
-    level = chosen.level if chosen.level is not None else LEVELS[chosen.compression]
+    level = chosen.level if chosen.level is not None else disks.LEVELS[chosen.compression]
     return Stage(name=name, title=title, module=MODULE, make=make_image,
                  outputs={"image": Kind.FILE, "sizes": Kind.FILE, "files": Kind.FILE},
                  options={"format": str(chosen.format), "compression": str(chosen.compression),
@@ -73,42 +71,16 @@ def pack(build: Build, guest: Root, out: Path) -> Path:
     return packers[ImageFormat(build.options["format"])](build, guest, identity, out)
 
 
-def _tools(build: Build, guest: Root, out: Path) -> tuple[list[Root], list[Bind]]:
-    roots = [Root(lower=(build.tree("tools"),), upper=build.directory("tools")),
-             dataclasses.replace(guest, target=str(TREE))]
-    return roots, [Bind(source=out, target=str(OUT), writable=True)]
-
-
 def _erofs(build: Build, guest: Root, identity: str, out: Path) -> Path:
-    roots, binds = _tools(build, guest, out)
     dax = build.options["dax_header"]
-    compression = filesystem.Compression(
-        compressor=filesystem.Compressor(build.options["compression"]),
-        level=build.options["level"])
-    build.enter(filesystem.erofs(TREE, OUT / "fs", identity=filesystem.fs_uuid(identity),
-                                 time=EPOCH, compression=compression, dax=dax),
-                roots, binds=binds)
-    size = disk.erofs_size((out / "fs").stat().st_size, dax=dax)
-    return _disk(build, identity, size, out)
+    size = disks.erofs(build, guest, identity, out, dax=dax)
+    return disks.write(build, identity, size, out, dax=dax)
 
 
 def _ext4(build: Build, guest: Root, identity: str, out: Path) -> Path:
-    roots, binds = _tools(build, guest, out)
     dax = build.options["dax_header"]
-    need = filesystem.ext4_need(filesystem.TreeSize(**build.inside(filesystem.measure, [guest])))
-    size = disk.ext4_size(need.size, dax=dax)
-    room = disk.layout(size, dax=dax).partitions[0].size
-    need = dataclasses.replace(need, size=room // filesystem.BLOCK * filesystem.BLOCK)
-    build.enter(filesystem.ext4(TREE, OUT / "fs", identity=filesystem.fs_uuid(identity), time=EPOCH,
-                                size=need), roots, binds=binds)
-    return _disk(build, identity, size, out)
-
-
-def _disk(build: Build, identity: str, size: int, out: Path) -> Path:
-    plan = disk.layout(size, dax=build.options["dax_header"])
-    target = out / "disk.img"
-    disk.write(target, plan, [out / "fs"], disk_signature=disk.signature(identity))
-    return target
+    size = disks.ext4(build, guest, identity, out, dax=dax)
+    return disks.write(build, identity, size, out, dax=dax)
 
 
 def _initrd(build: Build, guest: Root, identity: str, out: Path) -> Path:
@@ -122,8 +94,6 @@ def _initrd(build: Build, guest: Root, identity: str, out: Path) -> Path:
         log.warn(f"initrd: /{name} loses its capabilities, which newc cannot hold")
     if build.options["compression"] == "none":
         return archive
-    place = OUT / "initrd"
-    build.enter(filesystem.pack(place, level=build.options["level"]),
-                [Root(lower=(build.tree("tools"),), upper=build.directory("tools"))],
-                binds=[Bind(source=out, target=str(OUT), writable=True)])
+    place = disks.OUT / "initrd"
+    disks.tool(build, filesystem.pack(place, level=build.options["level"]), out)
     return out / filesystem.packed(place).name

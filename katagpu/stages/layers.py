@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from katagpu.schema import DriverSource, ModulesBy, Recipe, ToolkitSource
+from katagpu.check.facts import Capability
+from katagpu.schema import (
+    DriverSource,
+    ImageFormat,
+    ImageModel,
+    ModulesBy,
+    Recipe,
+    ToolkitSource,
+)
 from katagpu.stages.api import Build, Ref
 
+# The capabilities that the checks have rows for.
+CHECKED = {str(name) for name in Capability}
 RUN = Ref(stage="driver_package", output="run")
 """The `.run` file of a recipe with `driver: {source: runfile}`."""
 
+# Where Kata's runtime and agent expect the extension named gpu (src/agent, main.rs; NVIDIA's NVRC).
+EXTENSION = "gpu"
+EXTENSION_ROOT = f"/run/kata-extensions/{EXTENSION}"
+
+
+def split(recipe: Recipe) -> bool:
+    """Whether the driver is on a disk of its own."""
+    return recipe.image.model is ImageModel.EXTENSION
+
 
 def chain(recipe: Recipe) -> dict[str, Ref]:
-    """The layers of the guest, lowest first."""
+    """The layers of the guest's root, lowest first; without driver where that has its own disk."""
+    if split(recipe):
+        return {"base": Ref(stage="base", output="root"),
+                "extension_tools": Ref(stage="extension_tools", output="layer"),
+                "kernel_modules": Ref(stage="kernel", output="modules")}
+    return driver_chain(recipe)
+
+
+def driver_chain(recipe: Recipe) -> dict[str, Ref]:
+    """The layers in which the driver is installed, lowest first."""
     layers = {"base": Ref(stage="base", output="root")}
     if recipe.toolkit.source is not ToolkitSource.NONE:
         layers["toolkit"] = Ref(stage="toolkit", output="layer")
@@ -37,6 +66,27 @@ def toolkit_mode(recipe: Recipe) -> str:
     return "none" if recipe.toolkit.source is ToolkitSource.NONE else str(recipe.toolkit.mode)
 
 
-def stack(build: Build) -> tuple[Path, ...]:
+def driver_facts(recipe: Recipe) -> dict[str, Any] | None:
+    """What the checks compare the driver with; None for a guest without one."""
+    driver = recipe.driver
+    if driver.source is DriverSource.NONE:
+        return None
+    return {"version": driver.version, "flavour": str(driver.kernel_module),
+            "capabilities": [str(name) for name in driver.capabilities
+                             if str(name) in CHECKED]}
+
+
+def compressor(recipe: Recipe) -> str | None:
+    """The compressor of the packed image, as the kernel's config names it; None for none."""
+    name = str(recipe.image.compression)
+    return None if name == "none" else name
+
+
+def extension_compression(recipe: Recipe) -> str:
+    """The compressor of the driver's disk, which is erofs whatever the base image is."""
+    return str(recipe.image.compression if recipe.image.format is ImageFormat.EROFS else "zstd")
+
+
+def stack(build: Build, option: str = "layers") -> tuple[Path, ...]:
     """The layers below as an overlay's lower directories, topmost first."""
-    return tuple(build.tree(name) for name in reversed(build.options["layers"]))
+    return tuple(build.tree(name) for name in reversed(build.options[option]))

@@ -1,7 +1,8 @@
 """The guest's root file system: all layers merged, the guest's own files, indexes, and the checks.
 
 The stage's output is the topmost layer of the chain (`stages.layers`). Nothing is
-called built before the consistency checks have passed.
+called built before the consistency checks have passed. Where the driver has a disk of its own, this
+root is made and checked without it, and `stages.extension` checks both together.
 """
 
 from __future__ import annotations
@@ -9,20 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from katagpu import agent, assembly, guestfiles, log, vgpu
-from katagpu.check import elf
-from katagpu.check import facts as facts_of
-from katagpu.check.facts import Finding, Severity, raise_on
+from katagpu import agent, assembly, guestfiles, vgpu
+from katagpu.check.facts import raise_on
 from katagpu.errors import UserError
 from katagpu.sandbox import Bind, Root
 from katagpu.schema import DriverSource, Recipe
+from katagpu.stages import consistency, layers
 from katagpu.stages.api import Build, Ref, Stage
-from katagpu.stages.layers import chain, stack, toolkit_mode
 from katagpu.store import Kind
 
 MODULE = "stages.rootfs"
 AGENT = "usr/bin/kata-agent"
-KNOWN = {str(name) for name in facts_of.Capability}
 # Debian has the libraries in a directory of their own, NVIDIA's installer among all others.
 DRIVER_LAYOUTS = {DriverSource.DEBIAN: "debian", DriverSource.RUNFILE: "plain",
                   DriverSource.NONE: "plain"}
@@ -30,87 +28,63 @@ DRIVER_LAYOUTS = {DriverSource.DEBIAN: "debian", DriverSource.RUNFILE: "plain",
 
 def rootfs(recipe: Recipe, root: Path) -> Stage:
     """The stage; its options are what the guest's files and the checks read of the recipe."""
-    driver = recipe.driver
     files = {f"guest/{path.relative_to(root)}": path for path in guestfiles.digest_files(root)
              if path.is_file()}
-    inputs = {**chain(recipe), "release": Ref(stage="kernel", output="release"),
-              "config": Ref(stage="kernel_config", output="config"),
-              "symvers": Ref(stage="kernel", output="symvers"),
-              "vmlinux": Ref(stage="kernel", output="vmlinux")}
+    inputs = {**layers.chain(recipe), **consistency.INPUTS}
     if recipe.agent is not None:
         inputs["agent"] = Ref(stage="agent", output="agent")
-    facts: dict[str, Any] = {"driver": None}
-    if driver.source is not DriverSource.NONE:
-        facts["driver"] = {"version": driver.version, "flavour": str(driver.kernel_module),
-                           "capabilities": [str(name) for name in driver.capabilities
-                                            if str(name) in KNOWN]}
+    split = layers.split(recipe)
     return Stage(name="rootfs", title="root file system and its checks", module=MODULE,
                  make=make_rootfs, outputs={"layer": Kind.TREE, "report": Kind.FILE},
-                 options={**facts, "driver_layout": DRIVER_LAYOUTS[driver.source],
-                          "layers": list(chain(recipe)), "toolkit": toolkit_mode(recipe),
+                 options={"driver": None if split else layers.driver_facts(recipe),
+                          "extension": layers.EXTENSION_ROOT if split else None,
+                          "layers": list(layers.chain(recipe)),
+                          "toolkit": layers.toolkit_mode(recipe),
+                          "driver_layout": "plain" if split
+                          else DRIVER_LAYOUTS[recipe.driver.source],
                           "services": [str(name) for name in recipe.services],
                           "drm": "drm" in recipe.kernel.features,
                           "vgpu": vgpu.settings(recipe),
                           "format": str(recipe.image.format),
-                          "compressor": compressor(recipe)},
+                          "compressor": layers.compressor(recipe)},
                  inputs=inputs, files=files)
-
-
-def compressor(recipe: Recipe) -> str | None:
-    """The compressor of the packed image, as the kernel's config names it; None for none."""
-    name = str(recipe.image.compression)
-    return None if name == "none" else name
 
 
 def make_rootfs(build: Build) -> None:
     """Lay the files, index modules and libraries, check, capture what was added."""
     upper = build.directory("upper")
-    release = build.blob("release").read_text()
-    merged = [Root(lower=stack(build), upper=upper)]
-    plain = [Root(lower=stack(build), upper=upper, special=False)]
-    build.inside(assembly.lay, plain, variables={
-        "toolkit_mode": build.options["toolkit"], "drm": build.options["drm"],
-        "services": build.options["services"],
-        "hook_binary": "/usr/bin/nvidia-container-runtime-hook",
-        "driver_layout": build.options["driver_layout"], "multiarch": "x86_64-linux-gnu",
-        "driver_version": (build.options["driver"] or {}).get("version", ""),
-        "vgpu": build.options["vgpu"]})
+    merged = [Root(lower=layers.stack(build), upper=upper)]
+    plain = [Root(lower=layers.stack(build), upper=upper, special=False)]
+    build.inside(assembly.lay, plain, variables=_variables(build))
     binds = []
     if "agent" in build.inputs:
         binds.append(Bind(source=build.blob("agent"), target="/katagpu/kata-agent"))
         build.enter(["install", "-D", "-m", "755", "/katagpu/kata-agent", f"/{AGENT}"], merged,
                     binds=binds)
         build.enter(["rm", "-rf", "/katagpu"], merged)
-    build.enter(["depmod", "--all", release], merged)
+    build.enter(["depmod", "--all", build.blob("release").read_text()], merged)
     build.enter(["ldconfig"], merged)
-    findings = check(build, plain, release)
-    build.put_bytes("report", _report(findings).encode())
+    options = build.options
+    findings = consistency.check(
+        build, plain, driver=options["driver"], toolkit=options["toolkit"],
+        agent="agent" in build.inputs, root_format=options["format"],
+        compressor=options["compressor"], extension=options["extension"],
+        vgpu=options["vgpu"] is not None)
+    build.put_bytes("report", consistency.report(findings))
     raise_on(findings)
     build.put_tree("layer", upper, overlay=True, final=True)
 
 
-def check(build: Build, plain: list[Root], release: str) -> list[Finding]:
-    """Run the checks in the namespace that owns the files."""
-    found = build.inside(assembly.check, plain, facts={
-        "kernel_release": release, "symvers": str(build.blob("symvers")),
-        "kernel_config": str(build.blob("config")),
-        "kernel_build_id": elf.read_build_id(build.blob("vmlinux")),
-        "driver": build.options["driver"], "toolkit": build.options["toolkit"],
-        "agent": "agent" in build.inputs, "vgpu": build.options["vgpu"] is not None,
-        "root_format": build.options["format"],
-        "compressor": build.options["compressor"]})
-    findings = [Finding(check=item["check"], severity=Severity(item["severity"]),
-                        what=item["what"], where=item["where"], cure=item["cure"])
-                for item in found]
-    for finding in findings:
-        if finding.severity is Severity.WARNING:
-            log.warn(f"rootfs: {finding}")
-    return findings
-
-
-def _report(findings: list[Finding]) -> str:
-    lines = [f"{finding.severity}: {finding}" for finding in findings]
-    return "\n".join(lines or ["every check passed"]) + "\n"
+def _variables(build: Build) -> dict[str, Any]:
+    """What the guest's files are rendered with."""
+    extension = build.options["extension"]
+    return {"toolkit_mode": build.options["toolkit"], "drm": build.options["drm"],
+            "hook_binary": "/usr/bin/nvidia-container-runtime-hook",
+            "driver_root": extension or "",
+            "driver_layout": build.options["driver_layout"],
+            "services": build.options["services"], "vgpu": build.options["vgpu"],
+            "multiarch": "x86_64-linux-gnu",
+            "driver_version": (build.options["driver"] or {}).get("version", "")}
 
 
 def agent_stage(recipe: Recipe, root: Path) -> Stage:

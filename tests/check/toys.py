@@ -268,3 +268,48 @@ def _facts(top: Path) -> GuestFacts:
         driver=Driver(version=DRIVER, flavour=Flavour.OPEN,
                       capabilities=frozenset({Capability.COMPUTE, Capability.UTILITY})),
         toolkit=Toolkit.CDI, agent=True, compressor="zstd")
+
+
+EXTENSION = "run/kata-extensions/gpu"
+
+
+def split(toy: Toy) -> Toy:
+    """The same guest with the driver on a disk of its own, mounted in its place.
+
+    Its kernel has no MODVERSIONS' help from elsewhere: both module directories are checked.
+    """
+    root, disk = toy.root, toy.root / EXTENSION
+    modules = disk / "lib/modules" / RELEASE
+    for directory in (disk / LIB, disk / "bin", disk / "etc", modules):
+        directory.mkdir(parents=True)
+    for path in [*(root / LIB).glob("libcuda*"), *(root / LIB).glob("libnvidia*")]:
+        path.rename(disk / LIB / path.name)
+    for path in (root / "usr/bin").glob("nvidia-*"):
+        path.rename(disk / "bin" / path.name)
+    (disk / "lib/firmware").mkdir(parents=True)
+    (root / "usr/lib/firmware/nvidia").rename(disk / "lib/firmware/nvidia")
+    (root / "usr/lib/firmware/nvidia").mkdir()
+    for path in [*(root / MODULES).iterdir()]:
+        path.rename(modules / path.name)
+    ldconfig(root, cache_entries(root))
+    ldconfig(disk, {name: f"/{LIB}/{name}" for name in cache_entries(disk)})
+    _mounting(root)
+    toy.configure("CONFIG_BLK_DEV_DM=y\nCONFIG_DM_VERITY=y")
+    return Toy(root=root, facts=replace(
+        toy.facts, extension=f"/{EXTENSION}", toolkit_programs=(
+            f"/{EXTENSION}/bin/nvidia-ctk", f"/{EXTENSION}/bin/nvidia-cdi-hook")))
+
+
+def _mounting(root: Path) -> None:
+    """Kata's unit and programs, and units that start what is on the disk."""
+    units = root / "usr/lib/systemd/system"
+    (units / "kata-extension-mount@.service").write_text(
+        "[Service]\nExecStart=/usr/libexec/kata-extension-mount.sh %i\n")
+    (units / "nvidia-cdi.service").write_text(
+        f"[Service]\nExecStart=/{EXTENSION}/bin/nvidia-ctk cdi generate --output=/run/cdi/x\n")
+    for path in ("usr/libexec/kata-extension-mount.sh", "usr/libexec/kata-extension-umount.sh",
+                 "usr/lib/systemd/system-generators/kata-extension-mount-generator"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text("#!/bin/sh\n")
+        (root / path).chmod(0o755)
+    shutil.copy(root / "usr/lib/systemd/systemd", root / "usr/sbin/veritysetup")

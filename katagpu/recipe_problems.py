@@ -1,0 +1,304 @@
+"""What is wrong with a recipe whose every field is valid by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from katagpu import schema
+from katagpu.schema import (
+    Capability,
+    DistributionId,
+    Driver,
+    DriverSource,
+    ImageFormat,
+    ImageModel,
+    KernelSource,
+    ModulesBy,
+    Recipe,
+    Repository,
+    Toolkit,
+    ToolkitMode,
+    ToolkitSource,
+    Vgpu,
+)
+
+Problem = tuple[tuple[str | int, ...], str, str | None]
+"""Where in the recipe, what is wrong, and the cure."""
+
+FEATURES = Path("kernel-configs/features")
+
+
+def features(root: Path) -> list[str]:
+    """Names of the optional kernel features."""
+    return sorted(path.stem for path in (root / FEATURES).glob("*.conf"))
+
+
+def problems(recipe: Recipe, name: str, root: Path) -> Iterator[Problem]:
+    """What is wrong with a recipe whose every field is valid by itself."""
+    if recipe.name != name:
+        yield ("name",), f"{recipe.name!r} is not the file's name", f"write `name: {name}`"
+    yield from _distribution(recipe, root)
+    yield from _kernel(recipe, root)
+    yield from _driver(recipe)
+    yield from _other_drivers(recipe)
+    yield from _toolkit(recipe, root)
+    yield from _services(recipe, root)
+    yield from _agent(recipe)
+    yield from _image(recipe)
+    yield from _vgpu(recipe, root)
+    yield from _extension(recipe)
+
+
+def _distribution(recipe: Recipe, root: Path) -> Iterator[Problem]:
+    for section, distribution in (("distribution", recipe.distribution), ("tools", recipe.tools)):
+        if distribution is None:
+            continue
+        components = schema.COMPONENTS[distribution.id]
+        for number, component in enumerate(distribution.components or ()):
+            if component not in components:
+                yield ((section, "components", number), f"{distribution.id} has no part "
+                       f"{component!r}", f"it has {', '.join(components)}")
+        if not (root / distribution.keyring).is_file() and distribution.keyring[0] != "/":
+            yield ((section, "keyring"), f"there is no file {root / distribution.keyring}",
+                   "paths start at the repository's root, or with /")
+    if recipe.distribution.id is not DistributionId.DEBIAN:
+        own = f"the packages of `source: debian` are not in {recipe.distribution.id}"
+        if recipe.kernel.source is KernelSource.DEBIAN:
+            yield ("kernel", "source"), own, "use `source: kernel.org`"
+        if recipe.driver.source is DriverSource.DEBIAN:
+            yield ("driver", "source"), own, "use another source, or `none`"
+
+
+def _kernel(recipe: Recipe, root: Path) -> Iterator[Problem]:
+    kernel = recipe.kernel
+    if kernel.source is KernelSource.DEBIAN and kernel.package is None:
+        yield (("kernel",), "`source: debian` needs `package`",
+               "for example `package: linux-source-6.12`")
+    if kernel.source is KernelSource.KERNEL_ORG:
+        if kernel.version is None:
+            yield (("kernel",), "`source: kernel.org` needs `version`",
+                   'for example `version: "6.12.30"`')
+        if kernel.package is not None:
+            yield ("kernel", "package"), "belongs to `source: debian`", "remove it"
+    for number, feature in enumerate(kernel.features):
+        if not (root / FEATURES / f"{feature}.conf").is_file():
+            from katagpu.yamlfile import nearest
+            yield (("kernel", "features", number), f"there is no kernel feature {feature!r}",
+                   nearest(feature, features(root)))
+    for number, fragment in enumerate(kernel.fragments):
+        if not (root / fragment).is_file():
+            yield (("kernel", "fragments", number), f"there is no file {root / fragment}",
+                   "paths start at the repository's root")
+
+
+def _driver(recipe: Recipe) -> Iterator[Problem]:
+    driver = recipe.driver
+    if driver.source is DriverSource.NONE:
+        if driver.version is not None:
+            yield ("driver", "version"), "`source: none` has no version", "remove it"
+        return
+    if driver.version is None:
+        yield (("driver",), f"`source: {driver.source}` needs `version`",
+               'for example `version: "550.163.01"`')
+    yield from _runfile(recipe)
+    for number, capability in enumerate(driver.capabilities):
+        field = ("driver", "capabilities", number)
+        drm = capability in {Capability.GRAPHICS, Capability.DISPLAY}
+        if drm and "drm" not in recipe.kernel.features:
+            yield (field, f"{capability.value!r} needs DRM, which the kernel leaves out",
+                   "add it: `kernel: {features: [drm]}`")
+        if capability is Capability.COMPAT32 and "ia32" not in recipe.kernel.features:
+            yield (field, "'compat32' needs 32-bit programs, which the kernel leaves out",
+                   "add them: `kernel: {features: [ia32]}`")
+        ours = capability in {Capability.NGX, Capability.COMPAT32}
+        if ours and driver.source is not DriverSource.RUNFILE:
+            yield (field, f"{capability.value!r} is not in the distribution's packages here",
+                   "use `driver: {source: runfile}`, or leave it out")
+
+
+def _runfile(recipe: Recipe) -> Iterator[Problem]:
+    driver, defaults = recipe.driver, Driver(source=DriverSource.RUNFILE)
+    if driver.source is not DriverSource.RUNFILE:
+        for name in ("url", "file", "sha256", "modules_by", "documentation"):
+            if getattr(driver, name) != getattr(defaults, name):
+                yield ("driver", name), "belongs to `source: runfile`", "remove it"
+        return
+    if driver.url is not None and driver.file is not None:
+        yield ("driver", "file"), "`url` is given too", "keep one of them"
+    builder = driver.modules_by is ModulesBy.INSTALLER
+    if builder and not {"gcc", "make"} <= set(recipe.rootfs.extra_packages):
+        yield (("driver", "modules_by"), "nvidia-installer finds no compiler in this guest",
+               "add gcc and make: `rootfs: {extra_packages: [gcc, make]}`, or EXTRA_PKGS")
+
+
+def _other_drivers(recipe: Recipe) -> Iterator[Problem]:
+    """Each is checked as if it were the recipe's own."""
+    if recipe.other_drivers and recipe.driver.source is DriverSource.NONE:
+        yield (("other_drivers",), "the recipe has no driver of its own",
+               "write the first of them as `driver:`")
+    seen = {recipe.driver.version}
+    for number, driver in enumerate(recipe.other_drivers):
+        where: tuple[str | int, ...] = ("other_drivers", number)
+        if driver.source is DriverSource.NONE:
+            yield where, "a guest without a driver is a recipe of its own", "remove it"
+        for steps, what, hint in _driver(replace(recipe, driver=driver)):
+            yield (*where, *steps[1:]), what, hint
+        if driver.version in seen:
+            yield ((*where, "version"), f"{driver.version} is listed already",
+                   "results are kept by the driver's version: one section for each")
+        seen.add(driver.version)
+
+
+def _toolkit(recipe: Recipe, root: Path) -> Iterator[Problem]:
+    toolkit = recipe.toolkit
+    yield from _toolkit_version(toolkit)
+    if toolkit.source is ToolkitSource.APT:
+        yield from _repository(toolkit.repository, ("toolkit", "repository"), root)
+    elif toolkit.repository != schema.LIBNVIDIA_CONTAINER:
+        yield ("toolkit", "repository"), "belongs to `source: apt`", "remove it"
+    if toolkit.source is ToolkitSource.DEBS and not toolkit.debs:
+        yield ("toolkit",), "`source: debs` needs `debs`, a list of files", None
+    if len({Path(deb).name for deb in toolkit.debs}) != len(toolkit.debs):
+        yield ("toolkit", "debs"), "two files have one name", "rename one of them"
+    if toolkit.source is not ToolkitSource.DEBS and toolkit.debs:
+        yield ("toolkit", "debs"), "belongs to `source: debs`", "remove it"
+    for number, deb in enumerate(toolkit.debs):
+        if not (root / deb).is_file():
+            yield (("toolkit", "debs", number), f"there is no file {root / deb}",
+                   "paths start at the repository's root")
+    if toolkit.mode is ToolkitMode.HOOK and toolkit.source in {ToolkitSource.GO,
+                                                               ToolkitSource.NONE}:
+        why = ("the toolkit's Go module does not contain"
+               if toolkit.source is ToolkitSource.GO else "`source: none` does not bring")
+        yield (("toolkit", "mode"), f"`hook` needs nvidia-container-cli, which {why}",
+               "use `mode: cdi`, or the packages that have it: `source: apt` or `source: debs`")
+
+
+def _toolkit_version(toolkit: Toolkit) -> Iterator[Problem]:
+    where, version = ("toolkit", "version"), toolkit.version
+    if toolkit.source is ToolkitSource.GO:
+        if version is None:
+            yield ("toolkit",), "`source: go` needs `version`", "for example `version: v1.17.8`"
+        elif not version.startswith("v"):
+            yield where, f"{version!r} is not a version of the Go module", "for example `v1.17.8`"
+    elif version is not None and toolkit.source is not ToolkitSource.APT:
+        yield where, "belongs to `source: go` and `source: apt`", "remove it"
+    elif version is not None and version.startswith("v"):
+        yield where, f"{version!r} is not the version of a package", 'for example `"1.17.8-1"`'
+
+
+def _repository(repository: Repository, where: tuple[str | int, ...], root: Path,
+                ) -> Iterator[Problem]:
+    flat = repository.suite.endswith("/")
+    if flat and repository.components:
+        yield (*where, "components"), "a flat repository has none", "remove them"
+    if not flat and not repository.components:
+        yield (where, f"the suite {repository.suite!r} needs `components`",
+               "or is it flat? then its name ends in a slash")
+    if repository.signed_by.startswith(("http://", "https://")):
+        if repository.fingerprint is None:
+            yield ((*where, "signed_by"), "a key from a URL needs `fingerprint`",
+                   "who signs the repository publishes it: the key itself is no witness")
+    elif not (root / repository.signed_by).is_file():
+        yield ((*where, "signed_by"), f"there is no file {root / repository.signed_by}",
+               "paths start at the repository's root")
+
+
+def _services(recipe: Recipe, root: Path) -> Iterator[Problem]:
+    repository = recipe.nvidia_repository
+    if repository is not None:
+        yield from _repository(repository, ("nvidia_repository",), root)
+        if not recipe.services:
+            yield ("nvidia_repository",), "no service is taken from it", "remove it"
+    for number, service in enumerate(recipe.services):
+        where = ("services", number)
+        if recipe.driver.source is DriverSource.NONE:
+            yield where, f"{service.value!r} needs the driver, and there is none", "remove it"
+        elif repository is None:
+            yield (where, f"{service.value!r} is in NVIDIA's own repository, and this recipe "
+                          f"names none: the distribution's archive does not have it",
+                   "add `nvidia_repository` (docs/recipe.md), or remove the service")
+        if service in recipe.services[:number]:
+            yield where, f"{service.value!r} is there twice", "remove one"
+
+
+def _agent(recipe: Recipe) -> Iterator[Problem]:
+    agent = recipe.agent
+    if agent is None:
+        return
+    forms = [form for form in ("file", "release", "image") if getattr(agent, form) is not None]
+    if len(forms) != 1:
+        yield (("agent",), f"give one of file, release and image, not {' and '.join(forms)}"
+               if forms else "give one of file, release and image", None)
+    if (agent.release is None) != (agent.sha256 is None):
+        yield (("agent",), "`release` and `sha256` belong together",
+               "sha256 is the digest of the release tarball")
+
+
+def _image(recipe: Recipe) -> Iterator[Problem]:
+    image = recipe.image
+    levels = schema.LEVELS[image.format].get(image.compression)
+    if levels is None:
+        valid = " or ".join(f"`{word}`" for word in schema.LEVELS[image.format])
+        yield (("image", "compression"),
+               f"{image.format} cannot be compressed with {image.compression}", f"use {valid}")
+    elif image.level is not None and image.level not in levels:
+        what = f"{levels.start} to {levels.stop - 1}" if levels else "none"
+        yield (("image", "level"), f"{image.level} is not a level of {image.compression}",
+               f"levels: {what}")
+    if image.dax_header and image.format is ImageFormat.INITRD:
+        yield ("image", "dax_header"), "an initrd has no DAX header", "use a disk image"
+
+
+def _vgpu(recipe: Recipe, root: Path) -> Iterator[Problem]:
+    vgpu = recipe.vgpu
+    if vgpu is None:
+        return
+    if recipe.driver.source != "runfile":
+        yield (("vgpu",), f"a vGPU guest needs NVIDIA's GRID guest driver, and `driver: {{source: "
+               f"{recipe.driver.source}}}` has none", "`driver: {source: runfile, …}` with a "
+               "package whose name ends in -grid.run (docs/vgpu.md)")
+    if vgpu.server_address is None:
+        for field in ("backup_server_address", "license_interval"):
+            if getattr(vgpu, field) is not None:
+                yield (("vgpu", field), "belongs to `server_address`",
+                       "remove it: with a token, the licence server's own settings count")
+    elif vgpu.embed_token:
+        yield (("vgpu", "embed_token"), "a token and `server_address` are two licence servers",
+               "remove one of them; the legacy server knows no token")
+    yield from _token(vgpu, root)
+
+
+def _token(vgpu: Vgpu, root: Path) -> Iterator[Problem]:
+    if vgpu.embed_token and vgpu.token_file is None:
+        yield (("vgpu", "embed_token"), "needs `token_file`",
+               "the client_configuration_token_….tok that the licence server gave you")
+    if vgpu.token_file is None:
+        return
+    if not vgpu.embed_token:
+        yield (("vgpu", "token_file"), "would not be used: `embed_token` is false",
+               "docs/vgpu.md shows how a token is handed to the guest when it starts")
+    elif not (root / vgpu.token_file).is_file():
+        yield (("vgpu", "token_file"), f"there is no file {root / vgpu.token_file}",
+               "a relative path starts at the repository's root")
+
+
+def _extension(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.image.model is not ImageModel.EXTENSION:
+        return
+    if recipe.image.format is ImageFormat.INITRD:
+        yield (("image", "format"), "the base of `model: extension` is a disk image",
+               "use `erofs` or `ext4`, or `model: single`")
+    if recipe.driver.source is DriverSource.NONE:
+        yield (("image", "model"), "`extension` is a disk with the driver, and there is none",
+               "name a driver, or use `model: single`")
+    if recipe.toolkit.mode is ToolkitMode.HOOK:
+        yield (("toolkit", "mode"), "`hook` needs the driver in the guest's own root, and `model: "
+               "extension` has it elsewhere", "use `mode: cdi`, or `image: {model: single}`")
+    for field, what in (("services", recipe.services), ("vgpu", recipe.vgpu)):
+        if what:
+            yield ((field,), "these daemons are installed beside the driver, and `model: "
+                   "extension` has that elsewhere", "use `image: {model: single}`")

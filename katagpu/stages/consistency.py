@@ -1,0 +1,43 @@
+"""The consistency checks, as stages run them on what they have made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from katagpu import assembly, log
+from katagpu.check import elf
+from katagpu.check.facts import Finding, Severity
+from katagpu.sandbox import Root
+from katagpu.stages.api import Build, Ref
+
+# What the checks compare a guest with.
+INPUTS = {"release": Ref(stage="kernel", output="release"),
+          "config": Ref(stage="kernel_config", output="config"),
+          "symvers": Ref(stage="kernel", output="symvers"),
+          "vmlinux": Ref(stage="kernel", output="vmlinux")}
+
+
+def check(build: Build, roots: Sequence[Root], **facts: Any) -> list[Finding]:
+    """Run the checks in the namespace that owns the files; warnings go to the terminal.
+
+    `facts` are those of `assembly.check` that only the stage knows; the kernel's come from the
+    stage's inputs (`INPUTS`).
+    """
+    found = build.inside(assembly.check, roots, facts={
+        "kernel_release": build.blob("release").read_text(),
+        "symvers": str(build.blob("symvers")), "kernel_config": str(build.blob("config")),
+        "kernel_build_id": elf.read_build_id(build.blob("vmlinux")), **facts})
+    findings = [Finding(check=item["check"], severity=Severity(item["severity"]),
+                        what=item["what"], where=item["where"], cure=item["cure"])
+                for item in found]
+    for finding in findings:
+        if finding.severity is Severity.WARNING:
+            log.warn(f"{build.stage.name}: {finding}")
+    return findings
+
+
+def report(findings: Sequence[Finding]) -> bytes:
+    """The findings as text."""
+    lines = [f"{finding.severity}: {finding}" for finding in findings]
+    return ("\n".join(lines or ["every check passed"]) + "\n").encode()
