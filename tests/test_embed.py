@@ -229,9 +229,10 @@ def test_the_token_is_in_the_image_and_nowhere_else(top: Path, packing: dict[str
     assert (made.directory / final.IMAGE).readlink() == Path(IMAGE)
     assert with_the_secret(top) == {"token.tok", str(place.relative_to(top))}
     assert {path.name for path in made.directory.iterdir()} == {
-        IMAGE, final.IMAGE, embed.STATE, ".restored.json", "50-katagpu.toml", "build-record.json",
-        "checks.txt", "config-6.1-toy", "files.mtree", "linux-headers-6.1-toy.deb", "lock.json", "logs",
-        "manifest.json", "sizes.json", "System.map-6.1-toy", "vmlinux-6.1-toy",
+        IMAGE, final.IMAGE, embed.STATE, ".restored.json", "50-katagpu.toml",
+        "50-katagpu-runtime-rs.toml", "build-record.json",
+        "checks.txt", "config-6.1-toy", "files.mtree", "linux-headers-6.1-toy.deb", "lock.json",
+        "logs", "manifest.json", "sizes.json", "System.map-6.1-toy", "vmlinux-6.1-toy",
         "vmlinux-nvidia-gpu.container", "vmlinuz-6.1-toy", "vmlinuz-nvidia-gpu.container"}
     assert not list((top / "store/staging").iterdir())
     assert made.complete(TASK)

@@ -11,6 +11,7 @@ import pytest
 
 from katagpu import guestfiles
 from katagpu.guestfiles import Entry, Kind
+from tests.test_guestfiles import VARIABLES
 from tests.test_verity import LINE
 
 UNITS = "/usr/lib/systemd/system"
@@ -19,9 +20,7 @@ MOUNT = "/usr/libexec/kata-extension-mount.sh"
 UMOUNT = "/usr/libexec/kata-extension-umount.sh"
 PLACE = "/run/kata-extensions/gpu"
 PROGRAMS = (GENERATOR, MOUNT, UMOUNT)
-SINGLE: dict[str, object] = {
-    "toolkit_mode": "cdi", "drm": False, "hook_binary": "/x", "driver_layout": "debian",
-    "driver_root": "", "driver_version": "550.163.01", "multiarch": "x86_64-linux-gnu"}
+SINGLE = VARIABLES
 SPLIT: dict[str, object] = {**SINGLE, "driver_layout": "plain", "driver_root": PLACE,
                             "driver_version": ""}
 

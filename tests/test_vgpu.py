@@ -35,7 +35,8 @@ def rendered(default: Recipe, section: Vgpu | None) -> dict[str, Entry]:
     """The guest's files of a recipe with this section."""
     return {entry.path: entry for entry in render({
         "toolkit_mode": "cdi", "drm": False, "driver_layout": "plain",
-        "driver_version": "550.163.01", "services": [], "multiarch": "x86_64-linux-gnu",
+        "driver_version": "550.163.01", "services": [], "driver_root": "",
+        "multiarch": "x86_64-linux-gnu",
         "vgpu": vgpu.settings(replace(default, vgpu=section))})
         if entry.kind is not Kind.REMOVE}
 

@@ -16,7 +16,7 @@ TOKEN = "etc/nvidia/ClientConfigToken"
 CONFIG = "etc/nvidia/gridd.conf"
 VARIABLES = {"toolkit_mode": "none", "drm": False, "driver_layout": "plain",
              "driver_version": "550.163.01", "multiarch": "x86_64-linux-gnu",
-             "services": [], "vgpu": {
+             "services": [], "driver_root": "", "vgpu": {
                  "feature_type": 1, "server_address": None, "server_port": None,
                  "backup_server_address": None, "backup_server_port": None,
                  "license_interval": None}}
