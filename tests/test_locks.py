@@ -52,7 +52,7 @@ def archive(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(request, "groups", toy_groups)
     monkeypatch.setenv("KATAGPU_STORE", str(tmp_path / "store"))
     with served(toy):
-        monkeypatch.setattr(request, "archives", lambda _recipe: toy.request({}).archives)
+        monkeypatch.setattr(request, "archives", lambda *_: toy.request({}).archives[lock.GUEST])
         yield toy
 
 

@@ -247,7 +247,7 @@ def test_the_driver_s_disk_is_verified_over_its_whole_first_partition(
                        f"--data-blocks={data.size // 4096}", f"--salt={salt}",
                        "/katagpu/out/fs", "/katagpu/out/hashes"]
     assert (tmp_path / "packed/fs").stat().st_size == data.size
-    image = tmp_path / "disk.img"
+    image = tmp_path / "packed/disk.img"
     assert disk.partitions(image) == [data, hashes] and data.boot
     with image.open("rb") as stream:
         stream.seek(hashes.offset)

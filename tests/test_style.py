@@ -25,7 +25,7 @@ LAYERS = (
     ("schema", "recipe", "recipe_problems", "recipe_docs", "lock", "apt", "resolve", "request",
      "locks", "hostsetup", "aptview", "keyring"),
     ("kconfig", "kconfig_expr", "kconfig_tree", "kconfig_explain", "patches", "disk", "newc",
-     "filesystem", "agent", "nvconftest", "guestfiles", "kataconfig", "kernelorg",
+     "filesystem", "agent", "nvconftest", "guestfiles", "verity", "kataconfig", "kernelorg",
      "drivermanifest", "driverparts", "runpayload", "runfile", "nvbranches", "nvcauses",
      "nvinstaller", "nvoutcome", "nvpreflight"),
     ("check", "inside", "assembly", "packing", "filelist", "harvest", "vgpu", "kconfig_spans",

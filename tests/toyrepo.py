@@ -25,7 +25,7 @@ them), STAGE@VERSION only that of a driver; TOY_PAUSE are seconds. TOY_LACKS is 
 host lacks, TOY_ABSENT a driver that the archive lacks; with it, all else resolves to nothing."""
 
 import os, time
-from katagpu import hostsetup, lock as locking, sandbox
+from katagpu import hostsetup, lock as locking, sandbox, resolve as resolving
 from katagpu.errors import StepError, UserError
 from katagpu.stages.api import Ref, Stage
 from katagpu.store import Kind
@@ -44,7 +44,7 @@ def resolve(request, _directory, known):
     return locking.Lock(recipe=request.recipe, request=request.identity, groups={})
 
 if "TOY_ABSENT" in os.environ:
-    locking.resolve = resolve
+    resolving.resolve = resolve
 OUTPUTS = {
     "kernel_config": ["config"],
     "kernel": ["vmlinuz", "vmlinux", "system_map", "headers"],
