@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from katagpu import schema
+from katagpu import log, schema
 from katagpu.errors import UserError
 from katagpu.recipe_problems import features, problems
 from katagpu.schema import (
@@ -85,11 +85,11 @@ def load(
         from katagpu.yamlfile import nearest
         raise UserError(f"there is no recipe {name!r}; known: {', '.join(known(root)) or 'none'}",
                         hint=nearest(name, known(root)))
-    recipe = _parsed(path, content, cache)
+    recipe = _with_packages(_parsed(path, content, cache), extra_packages)
     for steps, what, hint in problems(recipe, name, root):
         from katagpu.yamlfile import YamlFile
         raise YamlFile(path, content.decode()).error(steps, what, hint)
-    return _overridden(recipe, driver, extra_packages)
+    return recipe if driver is None else with_driver(recipe, driver)
 
 
 def _parsed(path: Path, content: bytes, cache: Path | None) -> Recipe:
@@ -139,12 +139,22 @@ def with_driver(recipe: Recipe, version: str) -> Recipe:
         raise UserError(f"driver={version}: this is not a version of the NVIDIA driver",
                         hint=f"the recipe lists {', '.join(versions(recipe))}; driver=all builds "
                              "a guest with each of them")
-    return replace(recipe, driver=replace(recipe.driver, version=version), other_drivers=listed)
+    default = recipe.driver
+    for name, place in (("url", default.url), ("file", default.file)):
+        if place is not None and "{version}" not in place:
+            raise UserError(f"driver={version}: the recipe's driver.{name} is the file of "
+                            f"{default.version}: {place}", hint=(
+                                "write {version} where the version stands in it, or list the "
+                                "driver in `other_drivers`"))
+    if default.sha256 is not None:
+        log.note(f"driver={version}: the recipe's sha256 is that of {default.version}, and not "
+                 "asked for; list the driver in `other_drivers` with its own")
+    return replace(recipe, driver=replace(default, version=version, sha256=None),
+                   other_drivers=listed)
 
 
-def _overridden(recipe: Recipe, driver: str | None, extra_packages: Sequence[str]) -> Recipe:
-    if driver is not None:
-        recipe = with_driver(recipe, driver)
+def _with_packages(recipe: Recipe, extra_packages: Sequence[str]) -> Recipe:
+    """The recipe with the packages of EXTRA_PKGS."""
     for package in extra_packages:
         if not schema.PACKAGE.fullmatch(package):
             raise UserError(f"EXTRA_PKGS: {package!r} cannot be the name of a package",

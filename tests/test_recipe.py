@@ -142,6 +142,26 @@ CASES = [
 ]
 
 
+def test_another_version_of_a_runfile(root: Path) -> None:
+    change(root, RUNFILE, RUNFILE.replace(
+        "debian", "runfile\n  file: a-{version}.run\n  sha256: " + "a" * 64))
+    assert load("debian-trixie", root).driver.sha256 == "a" * 64
+    other = load("debian-trixie", root, driver="580.95.05").driver
+    assert (other.version, other.sha256, other.file) == ("580.95.05", None, "a-{version}.run")
+    change(root, "a-{version}.run", "a-550.163.01.run")
+    with pytest.raises(UserError, match=r"the recipe's driver\.file is the file of 550\.163\.01"):
+        load("debian-trixie", root, driver="580.95.05")
+
+
+def test_extra_pkgs_may_bring_the_compiler_of_the_installer(root: Path) -> None:
+    change(root, "  capabilities: [compute, utility]\n", "")
+    change(root, RUNFILE, RUNFILE.replace("debian", "runfile\n  modules_by: installer"))
+    found = load("debian-trixie", root, extra_packages=("make", "gcc"))
+    assert found.rootfs.extra_packages == ("make", "gcc")
+    with pytest.raises(UserError, match="finds no compiler"):
+        load("debian-trixie", root, extra_packages=("gcc",))
+
+
 @pytest.mark.parametrize(("more", "line", "what", "cure"), [
     ("url: https://x.example/a\n  file: a.run", 24, "driver.file: `url` is given too", "keep one"),
     ("modules_by: installer", 23, "driver.modules_by: nvidia-installer finds no compiler",
