@@ -49,10 +49,10 @@ def read(root: Path, path: str) -> str:
         return ""
 
 
-def names(root: Path, path: str) -> list[str]:
-    """The names in a directory of the guest; none where there is no such directory."""
+def modules(root: Path, path: str) -> list[str]:
+    """The kernel modules below a directory of the guest, as paths of the guest."""
     place = resolve(root, path, last=True)
-    return sorted(entry.name for entry in place.iterdir()) if place.is_dir() else []
+    return sorted(f"{path}/{module.relative_to(place)}" for module in place.rglob("*.ko"))
 
 
 def _parents(top: Path, directory: Path) -> None:

@@ -32,7 +32,7 @@ from katagpu.sandbox import Bind, Root
 from katagpu.schema import KernelModule, ModulesBy, Recipe
 from katagpu.stages import runfile
 from katagpu.stages.api import Build, Ref, Stage, jobs
-from katagpu.stages.driver import PLACE, TARGETS, excluded, put
+from katagpu.stages.driver import TARGETS, excluded, put
 from katagpu.stages.kbuild import patch, patch_files
 from katagpu.stages.layers import RUN, stack
 from katagpu.store import Kind
@@ -204,16 +204,15 @@ def _parts(tree: Path, selection: driverparts.Selection) -> dict[str, Any]:
 
 def _take_modules(build: Build, guest: Root, upper: Path, request: nvinstaller.Request) -> None:
     """The modules that the installer compiled: stripped, and without those not asked for."""
-    directory = f"/usr/lib/modules/{request.release}/{PLACE}"
-    found = build.inside(harvest.names, [guest], path=directory)
-    wanted = [name for name in found if name.endswith(".ko")
-              and name.removesuffix(".ko") not in build.options["excluded"]]
+    # kernel/drivers/video, or video where the guest has no modules of its kernel's
+    found = build.inside(harvest.modules, [guest], path=f"/usr/lib/modules/{request.release}")
+    wanted = [path for path in found if Path(path).stem not in build.options["excluded"]]
     target = build.directory("built")
-    build.inside(harvest.take, [guest], upper=str(upper), target=str(target),
-                 wanted=[f"{directory}/{name}" for name in wanted])
-    built = sorted(target.rglob("*.ko"))
+    build.inside(harvest.take, [guest], upper=str(upper), target=str(target), wanted=wanted)
+    flat = build.directory("flat")
+    built = [path.rename(flat / path.name) for path in sorted(target.rglob("*.ko"))]
     tools = [Root(lower=(build.tree("toolchain"),), upper=build.directory("strip"))]
-    binds = [Bind(source=target / directory.lstrip("/"), target=BUILT, writable=True)]
+    binds = [Bind(source=flat, target=BUILT, writable=True)]
     vermagic = {}
     for path in built:
         told = build.enter(["modinfo", "--field", "vermagic", f"./{path.name}"], tools, binds=binds,

@@ -164,7 +164,7 @@ def refused(plan: Plan, stage: str) -> KatagpuError:
 
 
 @pytest.mark.parametrize(("misbehaviour", "what"), [
-    ("nothing", "wrote no log"), ("no-markers", "log breaks off"),
+    ("nothing", "log breaks off"), ("no-markers", "log breaks off"),
     ("errors", "in spite of errors"), ("sigbus", "disk was full"),
 ])
 def test_status_0_is_no_proof(context: Context, tmp_path: Path, misbehaviour: str,
