@@ -57,6 +57,11 @@ class Apt:
     """
 
     def __init__(self, directory: Path, archives: Sequence[Archive], architecture: str) -> None:
+        for archive in archives:
+            if re.search(r"[\s\[\]]", archive.keyring):
+                raise UserError(f"apt cannot use a keyring at {archive.keyring}: its path has a "
+                                "blank or a bracket", hint="set KATAGPU_STORE, or move the "
+                                "repository, to a path without")
         self.directory = directory
         self.architecture = architecture
         self.lists = directory / "lists"

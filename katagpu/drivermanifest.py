@@ -17,6 +17,7 @@ from pathlib import PurePosixPath
 from katagpu.errors import StepError
 
 FILE = ".manifest"
+FILELIST = "sandboxutils-filelist.json"  # NVIDIA's own classification, since 570
 HEADER_LINES = 8
 NOT_NVIDIA = "take the file from NVIDIA again; an archive that was packed anew may lack parts"
 

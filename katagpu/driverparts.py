@@ -18,10 +18,9 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from katagpu.drivermanifest import Entry, Manifest
+from katagpu.drivermanifest import FILELIST, Entry, Manifest
 from katagpu.errors import StepError
 
-FILELIST = "sandboxutils-filelist.json"
 CAPABILITIES = frozenset({"compute", "utility", "video", "graphics", "display", "ngx", "compat32"})
 
 _COMPUTE, _UTILITY = frozenset({"compute"}), frozenset({"utility"})

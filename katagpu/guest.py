@@ -16,6 +16,7 @@ from katagpu.stages import (
     installer,
     kernel,
     layers,
+    package,
     rootfs,
     roots,
     runfile,
@@ -44,14 +45,10 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
     if recipe.kernel.headers is Headers.RPM:
         found.append(roots.layer(lock, "rpm_tools", "rpmbuild on the build root",
                                  [Ref(stage="toolchain", output="root")]))
-    if recipe.rootfs.extra_packages:
+    if recipe.rootfs.extra_packages and recipe.driver.modules_by is ModulesBy.KATAGPU:
         found.append(roots.layer(lock, "build_layer", "EXTRA_PKGS on the build root",
                                  [Ref(stage="toolchain", output="root")]))
     found += _driver(recipe, lock, root, chain)
-    if recipe.driver.source is not DriverSource.NONE:
-        chain = [*chain, Ref(stage="driver_user", output="layer")]
-    if recipe.services:
-        found.append(roots.layer(lock, "services", "NVIDIA's daemons", chain, slim=True))
     if recipe.agent is not None:
         found.append(rootfs.agent_stage(recipe, root))
     found += [*_images(recipe, lock, root), final.kata_config(recipe),
@@ -62,17 +59,29 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
 
 
 def _driver(recipe: Recipe, lock: Lock, root: Path, chain: list[Ref]) -> list[Stage]:
-    """The driver's stages; `chain` are the guest's layers below it, lowest first."""
+    """The driver's stages, and daemons on it; `chain` are the layers below it, lowest first."""
+    found: list[Stage] = []
+    if layers.needs_packages(recipe):
+        found.append(roots.layer(lock, "driver_needs", "what the driver's libraries are linked to",
+                                 chain, slim=True))
+        chain = [*chain, Ref(stage="driver_needs", output="layer")]
     if recipe.driver.source is DriverSource.DEBIAN:
-        return [driver.modules(recipe, lock, root),
-                roots.layer(lock, "driver_user", "NVIDIA user space", chain, slim=True)]
-    if recipe.driver.source is not DriverSource.RUNFILE:
-        return []
-    package = runfile.package(recipe, root)
+        found += [driver.modules(recipe, lock, root),
+                  roots.layer(lock, "driver_user", "NVIDIA user space", chain, slim=True)]
+    if recipe.driver.source is DriverSource.RUNFILE:
+        found += _runfile(recipe, lock, root, chain)
+    if recipe.services:
+        found.append(roots.layer(lock, "services", "NVIDIA's daemons", [
+            *chain, Ref(stage="driver_user", output="layer")], slim=True))
+    return found
+
+
+def _runfile(recipe: Recipe, lock: Lock, root: Path, chain: list[Ref]) -> list[Stage]:
+    verified = package.package(recipe, root)
     user = installer.user(recipe, root, {f"below{index}": ref for index, ref in enumerate(chain)})
     if recipe.driver.modules_by is ModulesBy.KATAGPU:
-        return [package, runfile.modules(recipe, root), user]
-    return [package, roots.layer(lock, "driver_build", "EXTRA_PKGS on the guest", chain), user]
+        return [verified, runfile.modules(recipe, root), user]
+    return [verified, roots.layer(lock, "driver_build", "EXTRA_PKGS on the guest", chain), user]
 
 
 def _images(recipe: Recipe, lock: Lock, root: Path) -> list[Stage]:

@@ -41,6 +41,19 @@ def take(root: Path, upper: str, target: str, wanted: list[str]) -> dict[str, An
     return {"missing": missing, "taken": taken}
 
 
+def find(root: Path, upper: str, names: list[str]) -> dict[str, list[str]]:
+    """Where files of these names were put, as paths of the guest; names without one are not there.
+
+    `root` is not looked at: what was there before is not in `upper`.
+    """
+    del root
+    found: dict[str, list[str]] = {}
+    for path in sorted(Path(upper).rglob("*")) if names else []:
+        if path.name in names and (path.is_symlink() or path.is_file()):
+            found.setdefault(path.name, []).append(f"/{path.relative_to(upper)}")
+    return found
+
+
 def read(root: Path, path: str) -> str:
     """A text file of the guest; empty where there is none."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,11 +44,20 @@ def problems(recipe: Recipe, name: str, root: Path) -> Iterator[Problem]:
     yield from _distribution(recipe, root)
     yield from _kernel(recipe, root)
     yield from _driver(recipe)
-    yield from _other_drivers(recipe)
+    yield from _other_drivers(recipe, root)
     yield from _toolkit(recipe, root)
-    yield from _services(recipe, root)
     yield from _agent(recipe)
     yield from _image(recipe)
+    yield from _beside_driver(recipe, root)
+
+
+def _beside_driver(recipe: Recipe, root: Path) -> Iterator[Problem]:
+    """What does not go with the driver that the recipe has."""
+    if recipe.distribution.id is not DistributionId.DEBIAN \
+            and recipe.driver.source is DriverSource.DEBIAN:
+        yield (("driver", "source"), f"the packages of `source: debian` are not in "
+               f"{recipe.distribution.id}", "use another source, or `none`")
+    yield from _services(recipe, root)
     yield from _vgpu(recipe, root)
     yield from _extension(recipe)
 
@@ -68,8 +78,6 @@ def _distribution(recipe: Recipe, root: Path) -> Iterator[Problem]:
         own = f"the packages of `source: debian` are not in {recipe.distribution.id}"
         if recipe.kernel.source is KernelSource.DEBIAN:
             yield ("kernel", "source"), own, "use `source: kernel.org`"
-        if recipe.driver.source is DriverSource.DEBIAN:
-            yield ("driver", "source"), own, "use another source, or `none`"
 
 
 def _kernel(recipe: Recipe, root: Path) -> Iterator[Problem]:
@@ -117,6 +125,9 @@ def _driver(recipe: Recipe) -> Iterator[Problem]:
         if ours and driver.source is not DriverSource.RUNFILE:
             yield (field, f"{capability.value!r} is not in the distribution's packages here",
                    "use `driver: {source: runfile}`, or leave it out")
+    if Capability.UTILITY not in driver.capabilities:
+        yield (("driver", "capabilities"), "every guest needs `utility`: its own units use "
+               "nvidia-persistenced and libnvidia-ml", "add it; containers get what they ask for")
 
 
 def _runfile(recipe: Recipe) -> Iterator[Problem]:
@@ -126,6 +137,9 @@ def _runfile(recipe: Recipe) -> Iterator[Problem]:
             if getattr(driver, name) != getattr(defaults, name):
                 yield ("driver", name), "belongs to `source: runfile`", "remove it"
         return
+    for name in ("url", "file"):
+        if re.search(r"[{}]", (getattr(driver, name) or "").replace("{version}", "")):
+            yield ("driver", name), "`{version}` is all that may be in braces", "write it so"
     if driver.url is not None and driver.file is not None:
         yield ("driver", "file"), "`url` is given too", "keep one of them"
     builder = driver.modules_by is ModulesBy.INSTALLER
@@ -134,7 +148,7 @@ def _runfile(recipe: Recipe) -> Iterator[Problem]:
                "add gcc and make: `rootfs: {extra_packages: [gcc, make]}`, or EXTRA_PKGS")
 
 
-def _other_drivers(recipe: Recipe) -> Iterator[Problem]:
+def _other_drivers(recipe: Recipe, root: Path) -> Iterator[Problem]:
     """Each is checked as if it were the recipe's own."""
     if recipe.other_drivers and recipe.driver.source is DriverSource.NONE:
         yield (("other_drivers",), "the recipe has no driver of its own",
@@ -144,8 +158,9 @@ def _other_drivers(recipe: Recipe) -> Iterator[Problem]:
         where: tuple[str | int, ...] = ("other_drivers", number)
         if driver.source is DriverSource.NONE:
             yield where, "a guest without a driver is a recipe of its own", "remove it"
-        for steps, what, hint in _driver(replace(recipe, driver=driver)):
-            yield (*where, *steps[1:]), what, hint
+        alone = replace(recipe, driver=driver, other_drivers=())
+        for steps, what, hint in (*_driver(alone), *_beside_driver(alone, root)):
+            yield (*where, *steps[1:]) if steps[0] == "driver" else where, what, hint
         if driver.version in seen:
             yield ((*where, "version"), f"{driver.version} is listed already",
                    "results are kept by the driver's version: one section for each")

@@ -99,11 +99,7 @@ NEEDS: dict[Capability, tuple[str, ...]] = {
 def groups(recipe: Recipe, root: Path) -> dict[str, Group]:
     """The groups of packages of a recipe; `root` is the repository."""
     extra = recipe.rootfs.extra_packages
-    runfile = recipe.driver.source is DriverSource.RUNFILE
-    needs = [package for capability in recipe.driver.capabilities if runfile
-             for package in NEEDS.get(capability, ())]
-    shipped = (*recipe.rootfs.packages, *dict.fromkeys(needs),
-               *(extra if recipe.rootfs.keep_extra_pkgs else ()))
+    shipped = (*recipe.rootfs.packages, *(extra if recipe.rootfs.keep_extra_pkgs else ()))
     tools = GUEST if tools_of(recipe) is recipe.distribution else TOOLS_SET
     found = {
         "stage0": Group(packages=STAGE0, archives=tools),
@@ -115,7 +111,8 @@ def groups(recipe: Recipe, root: Path) -> dict[str, Group]:
         found["extension_tools"] = Group(packages=EXTENSION_TOOLS, on="base")
     if recipe.kernel.headers is Headers.RPM:
         found["rpm_tools"] = Group(packages=("rpm",), on="toolchain")
-    if extra:
+    installs = recipe.driver.modules_by is ModulesBy.INSTALLER
+    if extra and not installs:
         found["build_layer"] = Group(packages=tuple(extra), on="toolchain")
     if recipe.kernel.source is KernelSource.DEBIAN:
         assert recipe.kernel.package is not None
@@ -127,23 +124,31 @@ def groups(recipe: Recipe, root: Path) -> dict[str, Group]:
         found["toolkit"] = Group(files=files, on="base")
     if recipe.toolkit.source is ToolkitSource.APT:
         found["toolkit"] = _toolkit(recipe)
-    driver = recipe.driver
+    found |= _driver(recipe, "toolkit" if "toolkit" in found else "base")
+    if installs:
+        below = next(name for name in ("driver_needs", "toolkit", "base") if name in found)
+        found["driver_build"] = Group(packages=(*dict.fromkeys((*extra, *COMPILING)),), on=below)
+    if recipe.services:
+        found["services"] = _services(recipe, next(
+            name for name in ("driver_user", "driver_needs", "toolkit", "base") if name in found))
+    return found
+
+
+def _driver(recipe: Recipe, below: str) -> dict[str, Group]:
+    """The distribution's driver, or what one from a `.run` is linked to, on the group `below`."""
+    driver, found = recipe.driver, {}
+    needs = driver_needs(recipe)
+    if needs:
+        found["driver_needs"] = Group(packages=needs, on=below)
     if driver.source is DriverSource.DEBIAN:
         wanted = [package for capability in Capability if capability in driver.capabilities
                   for package in DRIVER[capability]]
         version = f"={driver.version}*"
         names = tuple(package if package == "nvidia-persistenced" else package + version
                       for package in dict.fromkeys([*wanted, *DRIVER_ALWAYS]))
-        found["driver_user"] = Group(packages=names,
-                                     on="toolkit" if "toolkit" in found else "base")
+        found["driver_user"] = Group(packages=names, on=below)
         source = DRIVER_SOURCE[driver.kernel_module]
         found["driver_source"] = Group(packages=(source + version,), alone=True)
-    if driver.source is DriverSource.RUNFILE and driver.modules_by is ModulesBy.INSTALLER:
-        found["driver_build"] = Group(packages=(*dict.fromkeys((*extra, *COMPILING)),),
-                                      on="toolkit" if "toolkit" in found else "base")
-    if recipe.services:
-        below = next(name for name in ("driver_user", "toolkit", "base") if name in found)
-        found["services"] = _services(recipe, below)
     return found
 
 
@@ -193,6 +198,14 @@ def _repository(found: RecipeRepository, root: Path) -> Repository:
         keyring=key if key.startswith(("http://", "https://")) else str(root / key)))
 
 
+def driver_needs(recipe: Recipe) -> tuple[str, ...]:
+    """The distribution's packages that a `.run` file's libraries are linked to."""
+    if recipe.driver.source is not DriverSource.RUNFILE:
+        return ()
+    return tuple(dict.fromkeys(package for capability in recipe.driver.capabilities
+                               for package in NEEDS.get(capability, ())))
+
+
 def tools_of(recipe: Recipe) -> Distribution:
     """Where mmdebstrap and the image tools come from: one suite for all guests, or the recipe's."""
     own = recipe.distribution
@@ -232,19 +245,18 @@ def _suites(suite: str, maintained: bool) -> tuple[str, ...]:
 def _asked(recipe: Recipe, root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a recipe asks for, without where this host has it: for all groups, and for each."""
     wanted = to_builtins(groups(recipe, root))
+    given = {"toolkit": recipe.toolkit.repository, "nvidia": recipe.nvidia_repository}
     for group in wanted.values():
         group["files"] = [deb["sha256"] for deb in group["files"]]
         if group["repository"] is None:  # as before there were any, so that older locks hold
             del group["repository"], group["pins"]
+        else:
+            group["repository"] = to_builtins(given[group["repository"]])
         if group["archives"] == GUEST:
             del group["archives"]
-    head = {"format": FORMAT, "distribution": to_builtins(recipe.distribution)}
-    others = {name: to_builtins(distribution)
-              for name, distribution in distributions(recipe).items() if name != GUEST}
-    given = {"toolkit": recipe.toolkit.repository, "nvidia": recipe.nvidia_repository}
-    used = {name: to_builtins(given[name]) for name in repositories(recipe, root)}
-    return {**head, **({"others": others} if others else {}),
-            **({"repositories": used} if used else {})}, wanted
+        else:
+            group["archives"] = to_builtins(distributions(recipe)[group["archives"]])
+    return {"format": FORMAT, "distribution": to_builtins(recipe.distribution)}, wanted
 
 
 def identity(recipe: Recipe, root: Path) -> str:

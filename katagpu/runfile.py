@@ -19,9 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO
 
-from katagpu import runpayload
-from katagpu.drivermanifest import FILE, Manifest, parse
-from katagpu.driverparts import FILELIST
+from katagpu import nvbranches, runpayload
+from katagpu.drivermanifest import FILE, FILELIST, Manifest, parse
 from katagpu.errors import StepError, UserError
 from katagpu.runpayload import AGAIN, CHUNK, Compression, Contents, Payload
 from katagpu.schema import KernelModule
@@ -150,11 +149,8 @@ def fits(file: RunFile, *, version: str | None, architecture: str = "x86_64",
 
 def _has(file: RunFile, flavour: KernelModule | None, capabilities: Collection[str]) -> None:
     manifest, name = file.manifest, file.path.name
-    if flavour is not None and str(flavour) not in manifest.flavours:
-        has = " and ".join(sorted(manifest.flavours)) or "no"
-        raise UserError(f"driver {manifest.version} has no source of the {flavour} kernel modules "
-                        f"in {name} (it has {has})",
-                        hint="open modules exist since branch 515; set kernel_module to the other")
+    if flavour is not None:
+        nvbranches.check_flavour(manifest.version, flavour, manifest.flavours)
     if "compat32" in capabilities and not any(entry.compat32 for entry in manifest.entries):
         raise UserError(f"{name} has no 32-bit libraries, and the recipe asks for compat32",
                         hint="take the package without -no-compat32 in its name")

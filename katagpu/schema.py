@@ -28,6 +28,7 @@ ToolkitVersion = Annotated[str, Meta(
     pattern=r"^(v[0-9]+\.[0-9]+\.[0-9]+(-[0-9a-z.]+)?|[0-9][0-9A-Za-z.+:~-]*)\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Fingerprint = Annotated[str, Meta(pattern=r"^([0-9A-Fa-f]{40}|[0-9A-Fa-f]{64})\Z")]
+Component = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*\Z")]
 Suite = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9.-]*\Z")]
 Url = Annotated[str, Meta(pattern=r"^https?://\S+\Z")]
 Mirror = Annotated[str, Meta(pattern=r"^(host|https?://\S+)\Z")]
@@ -172,7 +173,7 @@ class Distribution(Section, frozen=True, kw_only=True):
     id: Annotated[DistributionId, Meta(description="distribution of the guest")]
     suite: Annotated[Suite, Meta(description=(
         "code name of the release, for example `trixie`"))]
-    components: Annotated[tuple[str, ...] | None, Meta(description=(
+    components: Annotated[tuple[Component, ...] | None, Meta(description=(
         "parts of the archive; null: all of them. Debian has the NVIDIA driver in `contrib` and "
         "`non-free`"))] = None
     mirror: Annotated[Mirror, Meta(description=(
@@ -264,7 +265,7 @@ class Repository(Section, frozen=True, kw_only=True):
     suite: Annotated[str, Meta(pattern=r"^[A-Za-z0-9./][A-Za-z0-9./_~+-]*\Z", description=(
         "name of the suite; one that ends in a slash is the directory of a flat repository"))
     ] = "/"
-    components: Annotated[tuple[str, ...], Meta(description=(
+    components: Annotated[tuple[Component, ...], Meta(description=(
         "parts of the suite; a flat repository has none"))] = ()
     signed_by: Annotated[str, Meta(description=(
         "the public key that signs it, armored or binary: a path from the recipes' repository, or "

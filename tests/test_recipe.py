@@ -124,6 +124,8 @@ CASES = [
     ("kernel_module: open", "modules_by: installer", "driver.modules_by: belongs to "
      "`source: runfile`", "remove"),
     ("kernel_module: open", "file: a.run", "driver.file: belongs to `source: runfile`", "remove"),
+    ("[compute, utility]", "[compute]", "driver.capabilities: every guest needs `utility`",
+     "containers get what they ask for"),
     ("agent: null", "agent: {}", "agent: give one of file, release and image", ""),
     ("agent: null", "agent: {file: a, image: b}", "agent: give one of file, release and image, "
      "not file and image", ""),
@@ -163,10 +165,13 @@ def test_extra_pkgs_may_bring_the_compiler_of_the_installer(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("more", "line", "what", "cure"), [
+    ("file: 'a-{versoin}.run'", 23, "driver.file: `{version}` is all", "write it so"),
+    ("file: 'a-{0}.run'", 23, "driver.file: `{version}` is all", "write it so"),
     ("url: https://x.example/a\n  file: a.run", 24, "driver.file: `url` is given too", "keep one"),
     ("modules_by: installer", 23, "driver.modules_by: nvidia-installer finds no compiler",
      "extra_packages: [gcc, make]"),
-    ("capabilities: [compat32]", 23, "driver.capabilities[0]: 'compat32' needs 32-bit programs",
+    ("capabilities: [compat32, utility]", 23,
+     "driver.capabilities[0]: 'compat32' needs 32-bit programs",
      "features: [ia32]"),
 ])
 def test_bad_fields_of_a_runfile(root: Path, more: str, line: int, what: str, cure: str) -> None:
@@ -265,6 +270,8 @@ def test_nvidia_s_repository_is_the_default(root: Path) -> None:
     ("    components: [main]\n", "", "toolkit.repository: the suite 'stable' needs `components`",
      "slash"),
     ("    uri: https", "    uri: ftp", "toolkit.repository.uri: 'ftp", "address"),
+    ("[main]", '["main\\ndeb [trusted=yes] http://evil ./"]',
+     "toolkit.repository.components[0]: 'main\\ndeb", "not valid"),
     ("    suite: stable", '    suite: "stable main"', "toolkit.repository.suite: 'stable main'",
      "flat"),
     ("    uri:", "    url:", "toolkit.repository.url: there is no such field",
@@ -323,9 +330,16 @@ def test_kernel_org_needs_a_version(root: Path) -> None:
 
 
 def test_graphics_with_drm(root: Path) -> None:
-    change(root, "[compute, utility]", "[compute, graphics]")
+    change(root, "[compute, utility]", "[utility, graphics]")
     change(root, "features: []", "features: [drm]")
     load("debian-trixie", root)
+
+
+def test_what_does_not_go_with_another_driver_is_its_error(root: Path) -> None:
+    change(root, "agent: null", "vgpu: {feature_type: 1}\nother_drivers:\n"
+           "  - {source: debian, version: '550.163.01'}")
+    change(root, RUNFILE, RUNFILE.replace("debian", "runfile").replace("550.163.01", "580.95.05"))
+    assert "other_drivers[0]: a vGPU guest needs NVIDIA's GRID guest driver" in refused(root)
 
 
 def test_driver_override(root: Path) -> None:

@@ -442,7 +442,7 @@ def test_name_and_manifest_that_differ(tmp_path: Path) -> None:
 def test_a_flavour_that_the_branch_lacks(tmp_path: Path) -> None:
     toy = Toy(name=Name(version="510.54"), flavours=("kernel",))
     said = misfit(toy, tmp_path, flavour=KernelModule.OPEN)
-    assert "driver 510.54 has no source of the open kernel modules" in said.what
+    assert "driver 510.54 has no open kernel modules" in said.what
     assert "(it has closed)" in said.what and "515" in str(said.hint)
     fits(RunFile(toy.make(tmp_path)), version=None, flavour=KernelModule.CLOSED)
     only = Toy(flavours=("kernel-open",))

@@ -82,7 +82,8 @@ def manifest(recipe: Recipe, lock: Lock) -> Stage:
     """What is inside: versions, digests and sizes."""
     driver, kernel = recipe.driver, recipe.kernel
     packages = {deb.package: deb.version
-                for group in ("base", "extension_tools", "toolkit", "driver_user", "services")
+                for group in ("base", "extension_tools", "toolkit", "driver_needs", "driver_user",
+                              "services")
                 for deb in lock.group(group)}
     facts: dict[str, Any] = {
         "recipe": recipe.name, "architecture": str(recipe.arch),

@@ -27,13 +27,14 @@ from katagpu import (
 )
 from katagpu.drivermanifest import Manifest
 from katagpu.errors import StepError, TookTooLong
+from katagpu.keys import digest
 from katagpu.run import PATH, Result, run
 from katagpu.sandbox import Bind, Root
 from katagpu.schema import KernelModule, ModulesBy, Recipe
 from katagpu.stages import runfile
 from katagpu.stages.api import Build, Ref, Stage, jobs
 from katagpu.stages.driver import TARGETS, excluded, put
-from katagpu.stages.kbuild import patch, patch_files
+from katagpu.stages.kbuild import STAMPS, patch, patch_files
 from katagpu.stages.layers import RUN, stack
 from katagpu.store import Kind
 
@@ -85,10 +86,12 @@ class _Compiler:
             shutil.rmtree(headers / "lib")
         (modules / "build").symlink_to(f"/{place}")
         self.layers = (headers, build.tree("driver_build"))
-        self.binds, env = build.compiler_cache("driver", build.inputs["toolchain"].identity)
-        self.env = {**env, "PATH": f"/usr/lib/ccache:{PATH}"}
+        # the compiler is in the guest's layers, and not in the toolchain
+        compiler = digest([build.inputs[name].identity
+                           for name in (*build.options["layers"], "driver_build")])
+        self.binds, env = build.compiler_cache("driver", compiler)
+        self.env = {**env, **STAMPS, "PATH": f"/usr/lib/ccache:{PATH}"}
         directory = runfile.DIRECTORIES[request.flavour]
-        runfile.require_flavour(tree, request.flavour)
         run(["cp", "--recursive", "--preserve=mode,timestamps", "--reflink=auto",
              tree / directory, own / directory], log=build.log)
         self.patched = bool(patch(build, TARGETS[request.flavour], request.version,
@@ -121,10 +124,9 @@ def make_user(build: Build) -> None:
 
 def _selection(build: Build, tree: Path, manifest: Manifest) -> driverparts.Selection:
     """The entries of the manifest that ship; the licence always does."""
-    filelist = tree / driverparts.FILELIST
     found = driverparts.select(
         manifest, build.options["capabilities"], documentation=build.options["documentation"],
-        filelist_json=filelist.read_text() if filelist.exists() else None)
+        filelist_json=_filelist(tree))
     licence = tuple(entry for entry in found.left
                     if entry.type == "DOCUMENTATION" and entry.name == "LICENSE")
     for line in found.notes:
@@ -183,10 +185,16 @@ def _take(build: Build, guest: Root, upper: Path, selection: driverparts.Selecti
     layout = drivermanifest.Layout(version=build.options["version"])
     places = {str(place): entry for entry in selection.shipped
               if (place := drivermanifest.destination(entry, layout)) is not None}
+    # of a type that is not known here, wherever the installer put them
+    strange = {entry.name: entry for entry in selection.shipped
+               if drivermanifest.destination(entry, layout) is None}
+    found = build.inside(harvest.find, [guest], upper=str(upper), names=sorted(strange))
+    places |= {path: strange[name] for name, paths in found.items() for path in paths}
     target = build.directory("taken")
     answer = build.inside(harvest.take, [guest], upper=str(upper), target=str(target),
                           wanted=list(places))
     lost = [path for path in answer["missing"] if places[path].target is None]
+    lost += [name for name, entry in strange.items() if name not in found and not entry.target]
     if lost:
         raise StepError(f"nvidia-installer did not install {len(lost)} files that its manifest has "
                         f"for this guest: {', '.join(lost[:6])}",
@@ -196,10 +204,21 @@ def _take(build: Build, guest: Root, upper: Path, selection: driverparts.Selecti
 
 def _parts(tree: Path, selection: driverparts.Selection) -> dict[str, Any]:
     """Bytes and files by purpose: of what ships, and of what was left out."""
+    filelist = _filelist(tree)
     sizes = {str(path.relative_to(tree)): path.stat().st_size
              for path in tree.rglob("*") if path.is_file() and not path.is_symlink()}
-    return {name: [dataclasses.asdict(part) for part in driverparts.parts(entries, sizes)]
-            for name, entries in (("shipped", selection.shipped), ("left", selection.left))}
+    found = {name: driverparts.parts(entries, sizes, filelist_json=filelist)
+             for name, entries in (("shipped", selection.shipped), ("left", selection.left))}
+    shipped, left = (sum(part.size for part in parts if part.name != "kernel module source")
+                     for parts in found.values())
+    log.note(f"driver_user: {log.size(shipped)} of {log.size(shipped + left)} ship")
+    return {name: [dataclasses.asdict(part) for part in parts] for name, parts in found.items()}
+
+
+def _filelist(tree: Path) -> str | None:
+    """NVIDIA's own list of what each file is for, where the package has one."""
+    path = tree / drivermanifest.FILELIST
+    return path.read_text() if path.exists() else None
 
 
 def _take_modules(build: Build, guest: Root, upper: Path, request: nvinstaller.Request) -> None:
@@ -218,7 +237,8 @@ def _take_modules(build: Build, guest: Root, upper: Path, request: nvinstaller.R
         told = build.enter(["modinfo", "--field", "vermagic", f"./{path.name}"], tools, binds=binds,
                            cwd=BUILT, capture=True)
         vermagic[path.stem] = told.stdout.decode().strip()
-    expected = ["nvidia", "nvidia-uvm", *(["nvidia-drm"] if request.drm else [])]
+    expected = ["nvidia", "nvidia-uvm",
+                *(["nvidia-modeset", "nvidia-drm"] if request.drm else [])]
     _require(build, nvoutcome.judge_modules(expected, vermagic, request.release))
     build.enter(["strip", "--strip-debug", "--", *(path.name for path in built)], tools,
                 binds=binds, cwd=BUILT)

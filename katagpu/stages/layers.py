@@ -45,6 +45,8 @@ def driver_chain(recipe: Recipe) -> dict[str, Ref]:
     layers = {"base": Ref(stage="base", output="root")}
     if recipe.toolkit.source is not ToolkitSource.NONE:
         layers["toolkit"] = Ref(stage="toolkit", output="layer")
+    if needs_packages(recipe):
+        layers["driver_needs"] = Ref(stage="driver_needs", output="layer")
     if recipe.driver.source is not DriverSource.NONE:
         layers["driver_user"] = Ref(stage="driver_user", output="layer")
     if recipe.services:
@@ -59,6 +61,12 @@ def driver_modules(recipe: Recipe) -> Ref:
     """The driver's kernel modules: of a stage of their own, or of the installer that built them."""
     installer = recipe.driver.modules_by is ModulesBy.INSTALLER
     return Ref(stage="driver_user" if installer else "driver_modules", output="modules")
+
+
+def needs_packages(recipe: Recipe) -> bool:
+    """Whether libraries of a `.run` file want packages of the distribution (`request`)."""
+    screen = {"graphics", "display"} & {str(name) for name in recipe.driver.capabilities}
+    return recipe.driver.source is DriverSource.RUNFILE and bool(screen)
 
 
 def toolkit_mode(recipe: Recipe) -> str:
