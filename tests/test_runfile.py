@@ -446,7 +446,7 @@ def test_a_flavour_that_the_branch_lacks(tmp_path: Path) -> None:
     assert "515" in said.what and "closed" in str(said.hint)
     fits(RunFile(toy.make(tmp_path)), version=None, flavour=KernelModule.CLOSED)
     only = Toy(flavours=("kernel-open",))
-    assert "(it has open)" in misfit(only, tmp_path, flavour=KernelModule.CLOSED).what
+    assert "(it has: open)" in misfit(only, tmp_path, flavour=KernelModule.CLOSED).what
 
 
 def test_compat32_without_such_files(tmp_path: Path) -> None:
