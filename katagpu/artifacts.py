@@ -97,6 +97,7 @@ def _extension(recipe: Recipe) -> tuple[Artifact, ...]:
             Artifact(stage="extension", output="verity",
                      name="root_hash_nvidia-gpu-extension.txt"),
             Artifact(stage="extension", output="sizes", name="sizes-extension.json"),
+            Artifact(stage="extension", output="files", name="files-extension.mtree"),
             Artifact(stage="extension_root", output="report", name="checks-extension.txt"))
 
 
