@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from katagpu import log
+from katagpu.errors import UserError
 from katagpu.plan import Plan
 from katagpu.schema import Headers, ImageFormat, Recipe
 from katagpu.stages import final, layers
@@ -40,8 +41,20 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
     mtime: int
 
 
+def refusal(recipe: Recipe, task: str) -> UserError | None:
+    """Why a recipe cannot have the results of a public task; None where it can."""
+    if task != "build_initrd" or not layers.split(recipe):
+        return None
+    return UserError(
+        "build_initrd: with `image: {model: extension}` the driver is on a disk of its own: an "
+        "initrd of the base would have none, and no Kata configuration fits it",
+        hint="./doitw build_image, or `image: {model: single}` in the recipe")
+
+
 def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
-    """The artifacts of a public task."""
+    """The artifacts of a public task; none where `refusal` has a reason."""
+    if refusal(recipe, task) is not None:
+        return ()
     base, split = final.image_file(recipe), layers.split(recipe)
     kernel = (
         Artifact(stage="kernel", output="vmlinuz", name="vmlinuz-{release}",
@@ -84,6 +97,7 @@ def _extension(recipe: Recipe) -> tuple[Artifact, ...]:
             Artifact(stage="extension", output="verity",
                      name="root_hash_nvidia-gpu-extension.txt"),
             Artifact(stage="extension", output="sizes", name="sizes-extension.json"),
+            Artifact(stage="extension", output="files", name="files-extension.mtree"),
             Artifact(stage="extension_root", output="report", name="checks-extension.txt"))
 
 

@@ -97,7 +97,8 @@ def _signed(delta: int) -> str:
 
 def _sizes(found: Comparison, longest: int | None) -> Iterator[str]:
     told = {name for name, changes in (
-        ("kernel_config", found.config), ("files", found.files), ("sizes", found.sizes)) if changes}
+        ("kernel_config", found.config), ("files", found.files), ("sizes", found.sizes),
+        ("extension_files", found.files), ("extension_sizes", found.sizes)) if changes}
     rows = [part for part in found.parts if not part.same and part.name not in told]
     lines = [_size(part) for part in sorted(rows, key=lambda part: -abs(part.delta))]
     if found.sizes is not None:

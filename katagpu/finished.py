@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +17,13 @@ from katagpu import filelist, kconfig
 from katagpu.errors import UserError
 from katagpu.filelist import Entry
 from katagpu.keys import file_digest
+from katagpu.stages.layers import EXTENSION_ROOT
 
 MANIFEST = "manifest.json"
 SIZES = "sizes.json"
 FILES = "files.mtree"
+DISK_SIZES = "sizes-extension.json"
+DISK_FILES = "files-extension.mtree"
 SCHEMA = 1
 
 
@@ -46,9 +49,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 class Finished:
     """A build. What it does not have is None, and `lacks` says why.
 
-    `facts` is the whole manifest, `config` the kernel's symbols that are set
-    (without `CONFIG_`), `sizes` bytes
-    by part of the guest, `files` the guest's files by path.
+    `facts` is the whole manifest, `config` the kernel's symbols that are set (without `CONFIG_`),
+    `sizes` bytes by part of the guest, `files` the guest's files by path. Where the driver has a
+    disk of its own, both are of base and disk, its files at the paths where the guest mounts it.
     """
 
     name: str
@@ -90,10 +93,30 @@ def read(place: Path, name: str) -> Finished:
         except (ValueError, msgspec.MsgspecError) as bad:
             raise UserError(f"{found} is damaged: {bad}") from None
 
-    return Finished(
-        name=name, manifest=manifest, facts=facts,
-        config=part("kernel_config", f"config-{manifest.kernel_release}", kconfig.read_config),
-        sizes=part("sizes", SIZES, _sizes), files=part("files", FILES, _files), lacks=tuple(lacks))
+    config = part("kernel_config", f"config-{manifest.kernel_release}", kconfig.read_config)
+    sizes, files = part("sizes", SIZES, _sizes), part("files", FILES, _files)
+    if "extension" in manifest.parts:
+        sizes = _added(sizes, part("extension_sizes", DISK_SIZES, _sizes))
+        files = _mounted(files, part("extension_files", DISK_FILES, _files))
+    return Finished(name=name, manifest=manifest, facts=facts, config=config, sizes=sizes,
+                    files=files, lacks=tuple(lacks))
+
+
+def _added(base: dict[str, int] | None, disk: dict[str, int] | None) -> dict[str, int] | None:
+    """Bytes by part of base and driver's disk; a half of them would look like a change."""
+    if base is None or disk is None:
+        return None
+    return {name: base.get(name, 0) + disk.get(name, 0) for name in {**base, **disk}}
+
+
+def _mounted(base: dict[str, Entry] | None, disk: dict[str, Entry] | None,
+             ) -> dict[str, Entry] | None:
+    """The files of the guest with its driver's disk mounted."""
+    if base is None or disk is None:
+        return None
+    place = EXTENSION_ROOT.lstrip("/")
+    found = (replace(entry, path=f"{place}/{path}".rstrip("/")) for path, entry in disk.items())
+    return {**base, **{entry.path: entry for entry in found}}
 
 
 def _manifest(path: Path, name: str) -> tuple[Manifest, dict[str, Any]]:

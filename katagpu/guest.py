@@ -86,9 +86,9 @@ def _runfile(recipe: Recipe, lock: Lock, root: Path, chain: list[Ref]) -> list[S
 
 def _images(recipe: Recipe, lock: Lock, root: Path) -> list[Stage]:
     """The root file system and how it is packed: in one image, or base and driver's disk."""
-    packed = [rootfs.rootfs(recipe, root), image.image(recipe), image.initrd(recipe)]
+    packed = [rootfs.rootfs(recipe, root), image.image(recipe)]
     if not layers.split(recipe):
-        return packed
+        return [*packed, image.initrd(recipe)]
     tools = roots.layer(lock, "extension_tools", "what mounts the driver's disk",
                         [Ref(stage="base", output="root")], slim=True)
     return [tools, *packed, extension.root(recipe), extension.disk(recipe)]

@@ -26,11 +26,6 @@ def survey(root: Path, target: str) -> dict[str, int]:
     return _sizes(entries)
 
 
-def sizes(root: Path) -> dict[str, int]:
-    """Bytes by part, largest first."""
-    return _sizes(filelist.scan(root))
-
-
 def _sizes(entries: Iterable[filelist.Entry]) -> dict[str, int]:
     parts: dict[str, int] = {}
     for entry in entries:

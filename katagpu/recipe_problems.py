@@ -29,6 +29,10 @@ from katagpu.schema import (
 Problem = tuple[tuple[str | int, ...], str, str | None]
 """Where in the recipe, what is wrong, and the cure."""
 
+LOST = {Capability.GRAPHICS: "/etc/vulkan and no backend of GBM",
+        Capability.DISPLAY: "backend of GBM and no modules of X",
+        Capability.COMPAT32: "directory for 32-bit libraries"}
+"""What a `.run` file brings for a capability and the driver's disk has no place for."""
 FEATURES = Path("kernel-configs/features")
 
 
@@ -112,6 +116,7 @@ def _driver(recipe: Recipe) -> Iterator[Problem]:
         yield (("driver",), f"`source: {driver.source}` needs `version`",
                'for example `version: "550.163.01"`')
     yield from _runfile(recipe)
+    yield from _lost(recipe)
     for number, capability in enumerate(driver.capabilities):
         field = ("driver", "capabilities", number)
         drm = capability in {Capability.GRAPHICS, Capability.DISPLAY}
@@ -146,6 +151,23 @@ def _runfile(recipe: Recipe) -> Iterator[Problem]:
     if builder and not {"gcc", "make"} <= set(recipe.rootfs.extra_packages):
         yield (("driver", "modules_by"), "nvidia-installer finds no compiler in this guest",
                "add gcc and make: `rootfs: {extra_packages: [gcc, make]}`, or EXTRA_PKGS")
+
+
+def _lost(recipe: Recipe) -> Iterator[Problem]:
+    """Capabilities whose files of a `.run` the driver's disk does not carry (`extension.harvest`).
+
+    Debian's packages bring no such file for `graphics` and `display`: nvidia-vulkan-common has its
+    JSON files below /usr/share, and GBM's backend and the X modules are in packages of their own,
+    which these capabilities do not ask for (contents of 550.163.01-2).
+    """
+    if recipe.image.model is not ImageModel.EXTENSION \
+            or recipe.driver.source is not DriverSource.RUNFILE:
+        return
+    for number, capability in enumerate(recipe.driver.capabilities):
+        if capability in LOST:
+            yield (("driver", "capabilities", number), f"{capability.value!r} of a `.run` file "
+                   f"is not complete with `model: extension`, whose disk has no {LOST[capability]}",
+                   "leave it out, or use `image: {model: single}`")
 
 
 def _other_drivers(recipe: Recipe, root: Path) -> Iterator[Problem]:

@@ -131,6 +131,10 @@ def _refuse(context: Context) -> None:
         raise context.refused
 
 
+def _raise(error: KatagpuError) -> None:
+    raise error
+
+
 def _host() -> None:
     """What a build needs of the host; a build with nothing to do opens no sandbox."""
     from katagpu import hostsetup, sandbox
@@ -144,7 +148,15 @@ def _host() -> None:
 
 
 def _guest(guests: Guests, context: Context, name: str) -> dict[str, Any]:
-    """What a public build task is for one guest: `work` is its action and its question."""
+    """What a public build task is for one guest: `work` is its action and its question.
+
+    Whatever the recipe cannot have is refused when it is asked for, before anything is made.
+    """
+    from katagpu import artifacts
+
+    refusal = artifacts.refusal(context.recipe, name)
+    if refusal is not None:
+        return {"work": (partial(_raise, refusal), lambda: False), "task_dep": []}
     labels = guests.labels(context)
     wanted = [stage for stage in STAGES[name] if stage in labels]
 
@@ -152,8 +164,6 @@ def _guest(guests: Guests, context: Context, name: str) -> dict[str, Any]:
         return f"{name}: up to date in {os.path.relpath(context.directory)}/"
 
     def finish() -> None:
-        from katagpu import artifacts
-
         context.restore(name)
         context.finish(name, wanted)
         if not guests.all:

@@ -292,6 +292,23 @@ def test_two_tasks_at_once_restore_the_same_files(toy: ToyRepository) -> None:
     assert results(toy) >= RESULTS
 
 
+def test_an_initrd_of_a_guest_whose_driver_has_a_disk_is_refused(built: ToyRepository) -> None:
+    path = built.root / "recipes" / "debian-trixie.yaml"
+    path.write_text(path.read_text().replace("\nimage:\n", "\nimage:\n  model: extension\n"))
+    for argv in (["build_initrd"], ["driver=all", "build_initrd"]):
+        status, _out, err = built.run(*argv)
+        assert status == 1, err
+        assert err.count("error: ") == 1 and "Traceback" not in err
+        assert "the driver is on a disk of its own" in err
+        assert "hint: ./doitw build_image, or `image: {model: single}`" in err
+    assert built.made() == []
+    assert "build_initrd" in built.run("list")[1]
+    place = built.out / "lock.json"
+    place.write_text(place.read_text().replace(built.lock.request, built.identity()))
+    status, out, _err = built.run("why", "build_initrd", "kernel")
+    assert status == 0 and out.splitlines()[-1] == "kernel: hit"
+
+
 # care of the store
 
 

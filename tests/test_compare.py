@@ -191,6 +191,24 @@ def test_a_driver_bump_shows_what_a_library_became(place: Path) -> None:
                for line in lines(found, everything=True))
 
 
+def test_a_driver_bump_on_a_disk_of_its_own(place: Path) -> None:
+    base = {path: one for path, one in toybuild.guest().items() if "libcuda" not in path}
+    words = {"files": base, "disk": toybuild.disk(), "disk_sizes": {"NVIDIA kernel modules": 90}}
+    after = {**words, "driver": OTHER, "disk_sizes": {"NVIDIA kernel modules": 100},
+             "disk": {**toybuild.disk(OTHER), "bin": entry("bin", kind=Kind.DIRECTORY),
+                      "bin/nvidia-imex": entry("bin/nvidia-imex", size=3000)}}
+    found = differences(place, words, after)
+    top = "run/kata-extensions/gpu"
+    assert changes(found) == {
+        f"{top}/usr/lib/libcuda.so.{OTHER}": (How.CHANGED, ("content",)),
+        f"{top}/usr/lib/libcuda.so.1": (How.RENAMED, ()),
+        f"{top}/bin": (How.ADDED, ()), f"{top}/bin/nvidia-imex": (How.ADDED, ())}
+    text = lines(found)
+    assert f"  +    +3.0 kB  {top}/bin/ (1 in it)" in text
+    assert "         +10 B  NVIDIA kernel modules: 90 B → 100 B" in text
+    assert not any("extension_" in line for line in text)  # the lists tell what is in them
+
+
 def test_a_new_directory_stands_for_what_is_in_it(place: Path) -> None:
     inner = [entry("opt", kind=Kind.DIRECTORY), entry("opt/x", kind=Kind.DIRECTORY),
              *(entry(f"opt/x/{number}", str(number), size=1000) for number in range(5)),

@@ -66,6 +66,43 @@ def test_a_build_of_before_there_were_lists(build: Path) -> None:
     assert found.lacks == ("it is of a version that wrote no files.mtree",)
 
 
+def test_base_and_driver_s_disk_are_one_guest(tmp_path: Path) -> None:
+    place = toybuild.write(tmp_path / "split", disk=toybuild.disk(),
+                           disk_sizes={"licences": 5, "GSP firmware": 9})
+    found = finished.read(place, "it")
+    top = "run/kata-extensions/gpu"
+    assert found.files is not None and found.lacks == ()
+    assert set(found.files) == set(toybuild.guest()) | {
+        top, f"{top}/usr", f"{top}/usr/lib/libcuda.so.550.163.01", f"{top}/usr/lib/libcuda.so.1"}
+    assert all(entry.path == path for path, entry in found.files.items())
+    assert found.files[f"{top}/usr/lib/libcuda.so.550.163.01"].size == 700
+    assert found.sizes == {**toybuild.SIZES, "licences": 15, "GSP firmware": 9}
+
+
+@pytest.mark.parametrize(("file", "lost"), [("files-extension.mtree", "files"),
+                                            ("sizes-extension.json", "sizes")])
+def test_half_of_a_guest_is_not_compared(tmp_path: Path, file: str, lost: str) -> None:
+    place = toybuild.write(tmp_path / "split", disk=toybuild.disk())
+    (place / file).unlink()
+    with pytest.raises(UserError, match=f"it lacks {file}"):
+        finished.read(place, "it")
+    found = finished.read(place / "manifest.json", "it")
+    assert getattr(found, lost) is None
+    assert found.lacks == (f"it has no {file}",)
+    path = place / "manifest.json"  # as of before the disk was listed
+    manifest = json.loads(path.read_text())
+    del manifest["parts"][f"extension_{lost}"]
+    path.write_text(json.dumps(manifest))
+    found = finished.read(place, "it")
+    assert getattr(found, lost) is None
+    assert found.lacks == (f"it is of a version that wrote no {file}",)
+
+
+def test_the_lists_of_another_build_s_disk_are_not_read(build: Path) -> None:
+    (build / "files-extension.mtree").write_text("left by an earlier model")
+    assert finished.read(build, "it").files == toybuild.guest()
+
+
 def edit(**fields: object) -> Callable[[Path], object]:
     """Other fields in the manifest."""
     return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))

@@ -24,7 +24,7 @@ from katagpu.recipe import (
     versions,
     with_driver,
 )
-from katagpu.schema import Agent, Section
+from katagpu.schema import Agent, Capability, Section
 
 
 @pytest.fixture
@@ -322,6 +322,28 @@ def test_a_driver_s_disk_that_cannot_be(
     assert recipe.image.model is ImageModel.EXTENSION
     wrong = replace(recipe, **{section: replace(getattr(recipe, section), **fields)})
     assert [what for _where, what, _cure in problems(wrong, "debian-trixie", root) if said in what]
+
+
+@pytest.mark.parametrize(("source", "model", "lost"), [
+    (DriverSource.RUNFILE, ImageModel.EXTENSION, {"graphics", "display", "compat32"}),
+    (DriverSource.RUNFILE, ImageModel.SINGLE, set()),
+    (DriverSource.DEBIAN, ImageModel.EXTENSION, set())])
+def test_what_the_driver_s_disk_does_not_carry_cannot_be_asked_for(
+    root: Path, source: DriverSource, model: ImageModel, lost: set[str],
+) -> None:
+    recipe = load("debian-trixie", root)
+    driver = replace(recipe.driver, source=source, capabilities=tuple(Capability))
+    wanted = replace(recipe, driver=driver, image=replace(recipe.image, model=model),
+                     other_drivers=(replace(driver, version="570.1"),))
+    found = {where: (what, cure) for where, what, cure in problems(wanted, "debian-trixie", root)
+             if "whose disk has no" in what}
+    numbers = [number for number, name in enumerate(Capability) if name in lost]
+    assert set(found) == {(*section, "capabilities", number) for number in numbers
+                          for section in (("driver",), ("other_drivers", 0))}
+    for number in numbers:
+        what, cure = found["driver", "capabilities", number]
+        assert what.startswith(f"{list(Capability)[number].value!r} of a `.run` file")
+        assert cure is not None and "image: {model: single}" in cure
 
 
 def test_kernel_org_needs_a_version(root: Path) -> None:

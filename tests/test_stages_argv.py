@@ -252,7 +252,7 @@ def test_the_driver_s_disk_is_verified_over_its_whole_first_partition(
     with image.open("rb") as stream:
         stream.seek(hashes.offset)
         assert stream.read(5) == b"tree\0"
-    assert set(build.outputs) == {"image", "verity", "sizes"}
+    assert set(build.outputs) == {"image", "verity", "sizes", "files"}
 
 
 def test_the_driver_s_disk_is_indexed_in_place_and_checked_where_it_is_mounted(

@@ -42,10 +42,22 @@ def guest(driver: str = DRIVER, release: str = RELEASE) -> dict[str, Entry]:
     return {one.path: one for one in found}
 
 
+def disk(driver: str = DRIVER) -> dict[str, Entry]:
+    """The files of a driver's disk, by path."""
+    found = [entry("", kind=Kind.DIRECTORY), entry("usr", kind=Kind.DIRECTORY),
+             entry(f"{LIBRARY}.{driver}", f"library {driver}", size=700),
+             entry(f"{LIBRARY}.1", f"libcuda.so.{driver}", kind=Kind.LINK, mode=0o777)]
+    return {one.path: one for one in found}
+
+
 def write(place: Path, *, files: dict[str, Entry] | None = None, driver: str | None = DRIVER,
           config: list[str] | None = None, sizes: dict[str, int] | None = None,
-          packages: dict[str, str] | None = None, **facts: Any) -> Path:
-    """Write a build; `facts` are other fields of the manifest, None leaves one out."""
+          packages: dict[str, str] | None = None, disk: dict[str, Entry] | None = None,
+          disk_sizes: dict[str, int] | None = None, **facts: Any) -> Path:
+    """Write a build; `facts` are other fields of the manifest, `...` leaves one out.
+
+    `disk` are the files of a driver's disk; None: there is no such disk.
+    """
     place.mkdir(parents=True, exist_ok=True)
     release = facts.get("kernel_release", RELEASE)
     files = guest(driver or DRIVER, release) if files is None else files
@@ -53,16 +65,22 @@ def write(place: Path, *, files: dict[str, Entry] | None = None, driver: str | N
     parts = {"kernel_config": (f"config-{release}", "\n".join(config or CONFIG).encode()),
              "sizes": ("sizes.json", json.dumps(sizes or SIZES).encode()),
              "files": ("files.mtree", filelist.render(ordered))}
+    image = facts.pop("image_size", 5000)
+    images = {"image": {"sha256": f"{image:064}", "size": image}}
+    if disk is not None:
+        images["extension"] = {"sha256": "e" * 64, "size": 4000}
+        parts["extension_sizes"] = ("sizes-extension.json", json.dumps(disk_sizes or {}).encode())
+        parts["extension_files"] = ("files-extension.mtree", filelist.render(
+            [disk[path] for path in sorted(disk)]))
     for name, data in parts.values():
         (place / name).write_bytes(data)
-    image = facts.pop("image_size", 5000)
     manifest = {
         "schema": 1, "kernel_release": release, "recipe": "toy",
         "driver": driver and {"version": driver, "kernel_module": "open",
                               "capabilities": ["compute", "utility"]},
         "toolkit": {"source": "go", "version": "v1.17.8"}, "image": {"dax_header": False},
         "packages": PACKAGES if packages is None else packages, "kata_agent": None,
-        "parts": {"image": {"sha256": f"{image:064}", "size": image},
+        "parts": {**images,
                   **{part: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
                      for part, (_name, data) in parts.items()}},
         "checks": ["every check passed"], **facts}

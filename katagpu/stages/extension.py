@@ -72,7 +72,8 @@ def disk(recipe: Recipe) -> Stage:
     level = recipe.image.level if same and recipe.image.level is not None \
         else disks.LEVELS[compression]
     return Stage(name="extension", title="disk with the driver", module=MODULE, make=make_disk,
-                 outputs={"image": Kind.FILE, "verity": Kind.FILE, "sizes": Kind.FILE},
+                 outputs={"image": Kind.FILE, "verity": Kind.FILE, "sizes": Kind.FILE,
+                          "files": Kind.FILE},
                  options={"compression": str(compression), "level": level},
                  inputs={"tree": Ref(stage="extension_root", output="tree"),
                          "tools": Ref(stage="imagetools", output="root")})
@@ -86,7 +87,9 @@ def make_disk(build: Build) -> None:
     with writing(build.store.root):
         size = disks.erofs(build, tree, identity, out, hashed=True)
         target, known = disks.write_hashed(build, identity, size, out)
-    sizes = build.inside(packing.sizes, [tree])
+    files = build.scratch / "files"
+    sizes = build.inside(packing.survey, [tree], target=str(files))
+    build.put_file("files", files)
     build.put_bytes("sizes", json.dumps(sizes, indent=1).encode())
     build.put_bytes("verity", f"{known}\n".encode())
     build.put_file("image", target)

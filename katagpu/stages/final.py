@@ -30,7 +30,9 @@ PARTS = {"image": Ref(stage="image", output="image"),
          "sizes": Ref(stage="image", output="sizes"),
          "files": Ref(stage="image", output="files"),
          "kata_config_rs": Ref(stage="kata_config", output="config_rs")}
-DISK = Ref(stage="extension", output="image")
+DISK = {"extension": Ref(stage="extension", output="image"),
+        "extension_sizes": Ref(stage="extension", output="sizes"),
+        "extension_files": Ref(stage="extension", output="files")}
 VERITY = Ref(stage="extension", output="verity")
 
 
@@ -109,7 +111,7 @@ def manifest(recipe: Recipe, lock: Lock) -> Stage:
     if driver.source is DriverSource.RUNFILE:
         inputs["run"] = RUN
     if split(recipe):
-        inputs |= {"extension": DISK, "verity": VERITY,
+        inputs |= {**DISK, "verity": VERITY,
                    "extension_report": Ref(stage="extension_root", output="report")}
     if recipe.agent is not None:
         inputs["agent"] = Ref(stage="agent", output="agent")
@@ -121,7 +123,7 @@ def make_manifest(build: Build) -> None:
     """Facts of the recipe and the lock, and the digest and size of every part."""
     parts = {name: {"sha256": output.identity, "size": output.size}
              for name, output in build.inputs.items()}
-    listed = [*PARTS, *(name for name in ("extension",) if name in parts)]
+    listed = [*PARTS, *(name for name in DISK if name in parts)]
     reports = [name for name in ("report", "extension_report") if name in build.inputs]
     content = {"schema": 1, "kernel_release": build.blob("release").read_text(), **build.options,
                "kata_agent": parts.get("agent"), "driver_package": parts.get("run"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from katagpu import disk, guest, recipe, sandbox, verity
+from katagpu import disk, filelist, guest, recipe, sandbox, verity
 from katagpu.context import Context
 from katagpu.lock import Deb, Lock
 from katagpu.plan import Plan
@@ -279,7 +279,12 @@ def test_drop_ins_and_manifest_name_both_disks(split: Split) -> None:
         assert Path(table["image"]).name == "kata-containers-nvidia.img"
     manifest = json.loads(split.blob("manifest", "manifest").read_text())
     assert manifest["verity_params"] == line
-    for part, stage in (("image", "image"), ("extension", "extension")):
-        assert manifest["parts"][part]["sha256"] == split.output(stage, "image").identity
+    for part, stage, output in (
+            ("image", "image", "image"), ("extension", "extension", "image"),
+            ("extension_files", "extension", "files"), ("extension_sizes", "extension", "sizes")):
+        assert manifest["parts"][part]["sha256"] == split.output(stage, output).identity
+    listed = {entry.path for entry in filelist.parse(split.blob("extension", "files").read_bytes())}
+    assert listed == {"", *(str(path.relative_to(split.files("extension")))
+                            for path in split.files("extension").rglob("*"))}
     assert "cryptsetup-bin" in manifest["packages"]
     assert manifest["checks"] == ["every check passed"] * 2
