@@ -15,7 +15,7 @@ import msgspec
 from katagpu import log
 from katagpu.errors import UserError
 from katagpu.plan import Plan
-from katagpu.schema import Headers, ImageFormat, Recipe
+from katagpu.schema import DriverSource, Headers, ImageFormat, Recipe
 from katagpu.stages import final, layers
 from katagpu.store import Output, writing
 
@@ -83,6 +83,8 @@ def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
              Artifact(stage="manifest", output="manifest", name="manifest.json"))
     if split:
         image += _extension(recipe)
+    if recipe.driver.source is DriverSource.RUNFILE:
+        about += (Artifact(stage="driver_user", output="parts", name="driver-parts.json"),)
     return {
         "build_kernel": kernel, "build_headers": headers, "build_rootfs": report,
         "install_driver": (), "install_toolkit": (), "build_initrd": (*kernel, *initrd),
