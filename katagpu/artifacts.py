@@ -75,12 +75,12 @@ def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
                  link=final.BASE_IMAGE if split else final.IMAGE),)
     if recipe.image.format is ImageFormat.INITRD:
         image = (msgspec.structs.replace(initrd[0], stage="image"),)
-    about = (Artifact(stage="image", output="sizes", name="sizes.json"),
-             Artifact(stage="image", output="files", name="files.mtree"),
-             Artifact(stage="kata_config", output="config", name="50-katagpu.toml"),
-             Artifact(stage="kata_config", output="config_rs",
-                      name="50-katagpu-runtime-rs.toml"),
-             Artifact(stage="manifest", output="manifest", name="manifest.json"))
+    about: tuple[Artifact, ...] = (
+        Artifact(stage="image", output="sizes", name="sizes.json"),
+        Artifact(stage="image", output="files", name="files.mtree"),
+        Artifact(stage="kata_config", output="config", name="50-katagpu.toml"),
+        Artifact(stage="kata_config", output="config_rs", name="50-katagpu-runtime-rs.toml"),
+        Artifact(stage="manifest", output="manifest", name="manifest.json"))
     if split:
         image += _extension(recipe)
     if recipe.driver.source is DriverSource.RUNFILE:
