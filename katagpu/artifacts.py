@@ -132,8 +132,15 @@ class Outcome:
 
     def _intact(self, name: str, output: Output, state: dict[str, Restored]) -> bool:
         known = state.get(name)
-        if known is None or known.identity != output.identity:
-            return False
+        return (known is not None and known.identity == output.identity
+                and self._unchanged(name, known))
+
+    def restored(self, name: str) -> bool:
+        """Is the file of this name as it was restored from the store, whenever that was?"""
+        known = self._state().get(name)
+        return known is not None and self._unchanged(name, known)
+
+    def _unchanged(self, name: str, known: Restored) -> bool:
         try:
             found = (self.directory / name).stat(follow_symlinks=False)
         except OSError:

@@ -141,7 +141,8 @@ class Context:
         """Are all of a task's artifacts there, as they were left? Reads no content."""
         plain, other = self._artifacts(task)
         return self.outcome.complete(plain) and (
-            self.embedding is None or self.embedding.complete(other))
+            embed.settled(self.directory) if self.embedding is None
+            else self.embedding.complete(other))
 
     def made(self, stage: str) -> bool:
         """Is the stage in the store?"""
@@ -158,11 +159,16 @@ class Context:
         plain, other = self._artifacts(task)
         writable = os.access(self.store.root / "locks", os.W_OK)
         with self.store.lease() if writable else contextlib.nullcontext():
+            # Before too: afterwards a file that is as it was embedded can only be another run's.
+            self._withdraw()
             for left in reversed(range(len(plain) + len(other) + 1)):
                 try:
                     self.outcome.restore(plain)
                     if self.embedding is not None:
                         self.embedding.write(other)
+                    for name in self._withdraw():
+                        log.warn(f"{name} was changed since the client token was put in, and may "
+                                 "have it: remove it yourself, and do not publish it")
                     return
                 except CorruptBlob as damaged:
                     if left == 0:
@@ -171,6 +177,11 @@ class Context:
                     self.plan.forget()
                     for artifact in (*plain, *other):
                         self.plan.ensure(artifact.stage)
+
+    def _withdraw(self) -> list[str]:
+        """Remove what has a token that the recipe no longer embeds; what may still have one."""
+        return [] if self.embedding is not None else embed.withdraw(
+            self.store, self.directory, self.outcome.restored)
 
     def finish(self, task: str, stages: Sequence[str]) -> None:
         """Write the build record of this run: what `stages` and all below them took, hits too.
@@ -191,10 +202,16 @@ class Context:
     def marks(self, task: str) -> dict[str, receipt.Mark]:
         """The marks of all that a finished task has read and left; none where it leaves nothing.
 
-        The store has all that such a task makes, and the store must be asked.
+        The store has all that such a task makes, and the store must be asked. With
+        no token to embed, what speaks of one must not be there: the marks do not hold before.
         """
         wanted = artifacts.of(self.recipe, task)
-        return {**self._marks, **receipt.look(self.outcome.files(wanted))} if wanted else {}
+        if not wanted:
+            return {}
+        notice = str(self.directory / embed.NOTICE)
+        spoken = {notice: receipt.mark(notice)} if self.embedding is not None else {
+            notice: None, str(self.directory / embed.STATE): None}
+        return {**self._marks, **receipt.look(self.outcome.files(wanted)), **spoken}
 
     def sign(self, task: str, said: str) -> None:
         """Write the receipt of a finished task."""

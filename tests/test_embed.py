@@ -229,7 +229,7 @@ def test_the_token_is_in_the_image_and_nowhere_else(top: Path, packing: dict[str
     assert (made.directory / final.IMAGE).readlink() == Path(IMAGE)
     assert with_the_secret(top) == {"token.tok", str(place.relative_to(top))}
     assert {path.name for path in made.directory.iterdir()} == {
-        IMAGE, final.IMAGE, embed.STATE, ".restored.json", "50-katagpu.toml",
+        IMAGE, final.IMAGE, embed.STATE, embed.NOTICE, ".restored.json", "50-katagpu.toml",
         "50-katagpu-runtime-rs.toml", "build-record.json",
         "checks.txt", "config-6.1-toy", "files.mtree", "linux-headers-6.1-toy.deb", "lock.json",
         "logs", "manifest.json", "sizes.json", "System.map-6.1-toy", "vmlinux-6.1-toy",
@@ -341,6 +341,129 @@ def test_a_link_to_the_token_is_followed(top: Path) -> None:
     assert read(made) == b"another"
 
 
+@pytest.fixture
+def both(top: Path) -> Path:
+    """The results with an image and an initrd that have the token."""
+    run(context(top, packing=EXT4))
+    made = context(top, packing=EXT4)
+    run(made, "build_initrd")
+    return made.directory
+
+
+needs_both = pytest.mark.skipif(shutil.which("mke2fs") is None or shutil.which("zstd") is None,
+                                reason="needs mke2fs and zstd")
+
+
+@needs_both
+def test_a_notice_names_what_must_not_be_published(top: Path, both: Path) -> None:
+    notice = both / embed.NOTICE
+    assert notice.stat().st_mode & 0o777 == 0o644
+    assert IMAGE in notice.read_text() and INITRD in notice.read_text()
+    with pytest.raises(UserError) as caught:
+        embed.refuse(both)
+    assert IMAGE in str(caught.value) and INITRD in str(caught.value)
+    assert "manifest.json" not in str(caught.value)
+    copy = top / "copy"  # as `cp out/*` makes it
+    shutil.copytree(both, copy, symlinks=True, ignore=shutil.ignore_patterns(".*"))
+    with pytest.raises(UserError, match=INITRD):
+        embed.refuse(copy)
+    (copy / embed.NOTICE).write_bytes(b"")
+    with pytest.raises(UserError, match="a file there"):
+        embed.refuse(copy)
+    (copy / embed.NOTICE).unlink()
+    embed.refuse(copy)
+
+
+def test_the_notice_has_its_mode_whatever_the_umask(top: Path) -> None:
+    old = os.umask(0o077)
+    try:
+        made = context(top)
+        run(made)
+    finally:
+        os.umask(old)
+    assert (made.directory / embed.NOTICE).stat().st_mode & 0o777 == 0o644
+
+
+def test_a_notice_that_is_gone_comes_back(top: Path) -> None:
+    made = context(top)
+    run(made)
+    (signed,) = (top / "out/.receipts").iterdir()
+    before = receipt.mark(made.directory / INITRD)
+    (made.directory / embed.NOTICE).unlink()
+    assert receipt.holds(signed) is None and not context(top).complete(TASK)
+    run(context(top))
+    with pytest.raises(UserError, match=INITRD):
+        embed.refuse(made.directory)
+    assert receipt.mark(made.directory / INITRD) == before
+
+
+@needs_both
+@pytest.mark.parametrize("task", [TASK, "build_initrd", "build_kernel", "install_driver"])
+def test_any_next_task_without_it_removes_all(top: Path, both: Path, task: str) -> None:
+    (both / IMAGE).chmod(0o644)  # so that a hypervisor can read it
+    made = context(top, token=False, packing=EXT4)
+    assert not made.complete(task)
+    for stage in ("image", "kata_config", "manifest", "initrd"):
+        made.ensure(stage)
+    made.restore(task)
+    made.sign(task, "up to date")
+    embed.refuse(both)
+    assert embed.settled(both)
+    assert with_the_secret(top) == {"token.tok"}
+    assert (both / IMAGE).exists() == (both / final.IMAGE).is_symlink() == (task == TASK)
+    assert (both / INITRD).exists() == (both / LINK).is_symlink() == (task == "build_initrd")
+    assert made.complete(task)
+
+
+@needs_both
+def test_a_file_that_was_changed_stays_and_is_named(top: Path, both: Path) -> None:
+    with (both / INITRD).open("ab") as stream:
+        stream.write(b"x")
+    made = context(top, token=False, packing=EXT4)
+    run(made)
+    assert (both / INITRD).exists()
+    with pytest.raises(UserError, match=INITRD) as caught:
+        embed.refuse(both)
+    assert IMAGE not in str(caught.value)
+    assert not context(top, token=False, packing=EXT4).complete(TASK)
+    assert all(receipt.holds(signed) is None for signed in (top / "out/.receipts").iterdir())
+    (both / embed.STATE).unlink()
+    run(context(top, token=False, packing=EXT4))
+    with pytest.raises(UserError, match=INITRD):
+        embed.refuse(both)
+    run(context(top, token=False, packing=EXT4), "build_initrd")  # in its place
+    embed.refuse(both)
+    assert with_the_secret(top) == {"token.tok"}
+
+
+@needs_both
+def test_what_has_an_older_token_is_not_forgotten(top: Path, both: Path) -> None:
+    (top / "token.tok").write_bytes(b"another")
+    run(context(top, packing=EXT4))
+    assert not context(top, packing=EXT4).complete("build_initrd")
+    with pytest.raises(UserError, match=INITRD):
+        embed.refuse(both)
+    run(context(top, token=False, packing=EXT4))
+    assert embed.settled(both) and not (both / INITRD).exists()
+
+
+def test_a_receipt_without_it_ends_where_a_token_is_embedded(top: Path) -> None:
+    """As by another recipe of the same name, whose results are in the same directory."""
+    made = context(top, token=False)
+    run(made)
+    (signed,) = (top / "out/.receipts").iterdir()
+    assert receipt.holds(signed) == "up to date"
+    (made.directory / embed.NOTICE).touch()
+    assert receipt.holds(signed) is None
+
+
+def test_an_unfit_token_leaves_no_notice(top: Path) -> None:
+    (top / "token.tok").write_bytes(b"")
+    with pytest.raises(UserError, match="holds no client token"):
+        run(context(top))
+    assert embed.settled(context(top).directory)
+
+
 @pytest.mark.parametrize("content", [b"", b" \n", b"x" * (embed.LARGEST + 1), None])
 def test_an_unfit_token_is_refused(tmp_path: Path, content: bytes | None) -> None:
     token = tmp_path / "token.tok"
@@ -386,6 +509,9 @@ def test_a_killed_run_leaves_nothing_open_and_nothing_for_long(top: Path) -> Non
         process.send_signal(signal.SIGKILL)
         process.wait()
         time.sleep(0.2)  # what it started ends with it
+        if len(with_the_secret(top)) > 1:
+            with pytest.raises(UserError, match=INITRD):
+                embed.refuse(out)
         for left in out.glob(f"{embed.SCRATCH}*"):
             seen += 1
             assert left.stat().st_mode & 0o777 == 0o700
@@ -395,8 +521,10 @@ def test_a_killed_run_leaves_nothing_open_and_nothing_for_long(top: Path) -> Non
                      if embed.SCRATCH not in path and path != "token.tok"}
         assert elsewhere <= {str((out / INITRD).relative_to(top))}
     assert seen
-    run(context(top))
+    run(context(top, token=False))
     assert not list(out.glob(f"{embed.SCRATCH}*"))
+    assert with_the_secret(top) == {"token.tok"} and embed.settled(out)
+    run(context(top))
     assert with_the_secret(top) == {"token.tok", str((out / INITRD).relative_to(top))}
 
 

@@ -178,13 +178,13 @@ class Guest:
         assert program.count("mount -") == 3
         self.program.write_text(program.replace("mount -", f"{fake} -"))
 
-    def disk(self, name: str, serial: str, *, partition: bool = False) -> None:
+    def disk(self, name: str, serial: str, partition: str = "") -> None:
         """A block device with this serial, which the kernel shows without a newline."""
         place = self.root / "sys/block" / name
         place.mkdir()
         (place / "serial").write_text(serial)
         if partition:
-            (place / f"{name}1").mkdir()
+            (place / partition).mkdir()
 
     def share(self, directory: str) -> Path:
         """A token among the sandbox's mounts."""
@@ -212,12 +212,16 @@ def test_no_token_is_no_failure(guest: Guest) -> None:
     assert guest.run() == []
 
 
-@pytest.mark.parametrize("partition", [False, True])
-def test_a_disk_is_known_by_its_serial(guest: Guest, partition: bool) -> None:
+@pytest.mark.parametrize(("name", "partition", "device"), [
+    ("vdb", "", "vdb"), ("vdb", "vdb1", "vdb1"), ("nvme0n1", "", "nvme0n1"),
+    ("nvme0n1", "nvme0n1p1", "nvme0n1p1"), ("nvme0n1", "nvme0n11", "nvme0n1"),
+    ("vdb", "vdbp1", "vdb")])
+def test_a_disk_is_known_by_its_serial(guest: Guest, name: str, partition: str,
+                                       device: str) -> None:
     guest.disk("vda", "other")
-    guest.disk("vdb", "extension-vgputoken", partition=partition)
-    device = guest.root / ("dev/vdb1" if partition else "dev/vdb")
-    assert guest.run() == [f"-t erofs -o ro,nodev,nosuid,noexec {device} {guest.place}"]
+    guest.disk(name, "extension-vgputoken", partition)
+    place = guest.root / "dev" / device
+    assert guest.run() == [f"-t erofs -o ro,nodev,nosuid,noexec {place} {guest.place}"]
 
 
 @pytest.mark.parametrize("serial", ["extension-vgputoken2", "vgputoken", "extension-gpu", ""])
