@@ -52,7 +52,7 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
     if recipe.agent is not None:
         found.append(rootfs.agent_stage(recipe, root))
     found += [*_images(recipe, lock, root), final.kata_config(recipe),
-              final.manifest(recipe, lock)]
+              final.manifest(recipe, lock, root)]
     for stage in found:
         keys.code(stage.module)  # now: a key names the code that is loaded, not a later edit
     return {stage.name: stage for stage in found}

@@ -123,7 +123,7 @@ def stages(chosen: Recipe) -> dict[str, Stage]:
         Stage(name="rootfs", title="", module="errors", make=make_rootfs,
               outputs={"layer": Kind.TREE, "report": Kind.FILE}),
         image.image(chosen), image.initrd(chosen), final.kata_config(chosen),
-        final.manifest(chosen, none)]
+        final.manifest(chosen, none, PACKAGE.parent)]
     return {stage.name: stage for stage in found}
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from katagpu import kataconfig, vgpu
+from katagpu.keys import file_digest
 from katagpu.lock import Lock
 from katagpu.schema import DriverSource, Headers, ImageFormat, Recipe
+from katagpu.stages import repository
 from katagpu.stages.api import Build, Ref, Stage
 from katagpu.stages.layers import EXTENSION, RUN, split, toolkit_mode
 from katagpu.store import Kind
@@ -18,8 +21,10 @@ KERNEL = "vmlinuz-nvidia-gpu.container"
 IMAGE = "kata-containers-nvidia-gpu.img"
 INITRD = "kata-containers-nvidia-gpu-initrd.img"
 
+TOOLKIT = "nvidia-container-toolkit"  # the package whose version is the toolkit's
 BASE_IMAGE = "kata-containers-nvidia.img"  # Kata's names for the two disks
 EXTENSION_IMAGE = "kata-containers-nvidia-gpu-extension.img"
+DEB = "deb/"  # the files of `toolkit: {source: debs}`
 
 PARTS = {"image": Ref(stage="image", output="image"),
          "vmlinuz": Ref(stage="kernel", output="vmlinuz"),
@@ -80,8 +85,8 @@ def make_kata_config(build: Build) -> None:
         build.put_bytes(output, kataconfig.render_drop_in(settings).encode())
 
 
-def manifest(recipe: Recipe, lock: Lock) -> Stage:
-    """What is inside: versions, digests and sizes."""
+def manifest(recipe: Recipe, lock: Lock, root: Path) -> Stage:
+    """What is inside: versions, digests and sizes; `root` is the repository."""
     driver, kernel = recipe.driver, recipe.kernel
     packages = {deb.package: deb.version
                 for group in ("base", "extension_tools", "toolkit", "driver_needs", "driver_user",
@@ -96,7 +101,7 @@ def manifest(recipe: Recipe, lock: Lock) -> Stage:
             "kernel_module": str(driver.kernel_module),
             "capabilities": [str(name) for name in driver.capabilities]},
         "toolkit": {"source": str(recipe.toolkit.source), "version": lock.version(
-                        "toolkit", "nvidia-container-toolkit") or recipe.toolkit.version,
+                        "toolkit", TOOLKIT) or recipe.toolkit.version,
                     "mode": toolkit_mode(recipe)},
         "vgpu": vgpu.settings(recipe),
         "image": {"model": str(recipe.image.model), "format": str(recipe.image.format),
@@ -116,7 +121,8 @@ def manifest(recipe: Recipe, lock: Lock) -> Stage:
     if recipe.agent is not None:
         inputs["agent"] = Ref(stage="agent", output="agent")
     return Stage(name="manifest", title="manifest", module=MODULE, make=make_manifest,
-                 outputs={"manifest": Kind.FILE}, options=facts, inputs=inputs)
+                 outputs={"manifest": Kind.FILE}, options=facts, inputs=inputs,
+                 files={f"{DEB}{Path(deb).name}": root / deb for deb in recipe.toolkit.debs})
 
 
 def make_manifest(build: Build) -> None:
@@ -127,9 +133,26 @@ def make_manifest(build: Build) -> None:
     reports = [name for name in ("report", "extension_report") if name in build.inputs]
     content = {"schema": 1, "kernel_release": build.blob("release").read_text(), **build.options,
                "kata_agent": parts.get("agent"), "driver_package": parts.get("run"),
-               "parts": {name: parts[name] for name in listed},
+               **_given(build), "parts": {name: parts[name] for name in listed},
                "checks": [line for name in reports
                           for line in build.blob(name).read_text().splitlines()]}
     if "verity" in build.inputs:
         content["verity_params"] = build.blob("verity").read_text().strip()
     build.put_bytes("manifest", (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _given(build: Build) -> dict[str, Any]:
+    """Fields of the manifest that packages given as files change.
+
+    The lock has only what they depend on: their names and versions are in the files.
+    """
+    found, files = {}, {}
+    for name, path in build.stage.files.items():
+        control = repository.control_of(path)
+        found[control["Package"]] = control["Version"]
+        files[name.removeprefix(DEB)] = {"sha256": file_digest(path), "size": path.stat().st_size}
+    if not files:
+        return {}
+    toolkit = {**build.options["toolkit"], "files": files}
+    toolkit["version"] = found.get(TOOLKIT, toolkit["version"])
+    return {"toolkit": toolkit, "packages": {**build.options["packages"], **found}}
