@@ -84,6 +84,7 @@ class _Compiler:
         if (headers / "lib").is_dir():  # a directory here would hide the guest's link
             shutil.rmtree(headers / "lib")
         (modules / "build").symlink_to(f"/{place}")
+        (modules / "kernel").mkdir(exist_ok=True)  # without it modules are put into ./video
         self.layers = (headers, build.tree("driver_build"))
         self.binds, env = build.compiler_cache("driver", build.inputs["toolchain"].identity)
         self.env = {**env, "PATH": f"/usr/lib/ccache:{PATH}"}
@@ -143,7 +144,8 @@ def _request(build: Build, manifest: Manifest,
         builds=options["modules_by"] == ModulesBy.INSTALLER,
         drm="nvidia-drm" not in options.get("excluded", ()),
         opengl=any(entry.opengl for entry in shipped),
-        glvnd=any(entry.type.startswith("GLVND_LIB") for entry in shipped),
+        display=any(entry.type in drivermanifest.X_MODULES for entry in shipped),
+        wine=any(entry.type == "WINE_LIB" for entry in shipped),
         compat32=any(entry.compat32 for entry in shipped), jobs=jobs(),
         host_release=os.uname().release)
 
@@ -186,7 +188,8 @@ def _take(build: Build, guest: Root, upper: Path, selection: driverparts.Selecti
     target = build.directory("taken")
     answer = build.inside(harvest.take, [guest], upper=str(upper), target=str(target),
                           wanted=list(places))
-    lost = [path for path in answer["missing"] if places[path].target is None]
+    lost = [path for path in answer["missing"] if places[path].target is None
+            and places[path].type != drivermanifest.ONLY_WITH_X]
     if lost:
         raise StepError(f"nvidia-installer did not install {len(lost)} files that its manifest has "
                         f"for this guest: {', '.join(lost[:6])}",
