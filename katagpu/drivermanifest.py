@@ -1,9 +1,10 @@
 """The `.manifest` of NVIDIA's driver: what a `.run` holds, and where its installer puts each file.
 
-Eight header lines, then one entry per line up to the first empty one: file, octal mode, TYPE, and
-fields that depend on the TYPE. Sources: `manifest.c` and `parse_manifest`, `set_destinations` of
-nvidia-installer at every tag from 390.12 to 590.48.01 (fields and destinations), and the manifests
-of the packages 390.157, 440.44 and 460.67, which public repositories hold.
+Eight header lines, then one entry per line: file, octal mode, TYPE, and fields that depend on the
+TYPE. Empty lines do not count; those that NVIDIA leaves blank have one blank each. Sources:
+`manifest.c`, `parse_manifest`, `get_next_line` and `set_destinations` of nvidia-installer at every
+tag from 390.12 to 590.48.01 (lines, fields and destinations), and the manifests of the packages
+390.157, 440.44 and 460.67, which public repositories hold.
 """
 
 from __future__ import annotations
@@ -138,14 +139,14 @@ class Manifest:
 
 def parse(text: str) -> Manifest:
     """Read a manifest. Raises `StepError` with the line's number where it has no sense."""
-    lines = text.split("\n")
+    rows = [(number, line) for number, line in enumerate(text.split("\n"), 1)
+            if line.rstrip("\r")]
+    lines = [line for _, line in rows]
     if len(lines) < HEADER_LINES or not re.fullmatch(r"\d{3}\.\d+(\.\d+)?\S*", lines[1].strip()):
         raise StepError(f"the driver's {FILE} does not start with {HEADER_LINES} lines, of which "
                         "the second is a version", hint=NOT_NVIDIA)
     entries, notes = [], []
-    for number, line in enumerate(lines[HEADER_LINES:], HEADER_LINES + 1):
-        if not line.strip():
-            break
+    for number, line in rows[HEADER_LINES:]:
         entry = _Line(number, line).entry()
         if not entry.known:
             notes.append(f"line {number} of the driver's {FILE} has the unknown type {entry.type} "
@@ -224,6 +225,12 @@ class _Line:
         return self.words.pop(0) if self.words else self.file
 
 
+X_MODULES = frozenset({"XMODULE_SHARED_LIB", "XMODULE_SYMLINK", "XMODULE_NEWSYM",
+                       "GLX_MODULE_SHARED_LIB", "GLX_MODULE_SYMLINK"})
+XORG = "/usr/lib/xorg/modules"
+"""Where the X server of Debian and Ubuntu looks for `X_MODULES`."""
+ONLY_WITH_X = "XORG_OUTPUTCLASS_CONFIG"
+"""Installed only where `X -version` tells of an X server of 1.16 or later (manifest.c)."""
 _ABSOLUTE = {"EXPLICIT_PATH", "NVIDIA_MODPROBE", "OPENGL_DATA"}
 
 
@@ -237,7 +244,7 @@ class Layout:
     version: str
     libdir: str = "/usr/lib/x86_64-linux-gnu"
     libdir32: str = "/usr/lib/i386-linux-gnu"
-    xorg: str = "/usr/lib/xorg/modules"
+    xorg: str = XORG
 
 
 _UNITS = "/usr/lib/systemd/system"
@@ -253,8 +260,7 @@ _PLACES: Mapping[str, str] = {
                      "OPENCL_WRAPPER_LIB", "OPENCL_WRAPPER_SYMLINK", "TLS_LIB", "TLS_SYMLINK",
                      "VDPAU_LIB", "VDPAU_SYMLINK", "GRID_LIB", "GRID_LIB_SYMLINK", "FLEXERA_LIB",
                      "FLEXERA_LIB_SYMLINK"), _LIBRARY_PATH),
-    **dict.fromkeys(("XMODULE_SHARED_LIB", "XMODULE_SYMLINK", "XMODULE_NEWSYM",
-                     "GLX_MODULE_SHARED_LIB", "GLX_MODULE_SYMLINK"), "{xorg}/{path}"),
+    **dict.fromkeys(sorted(X_MODULES), "{xorg}/{path}"),
     **dict.fromkeys(("GBM_BACKEND_LIB", "GBM_BACKEND_LIB_SYMLINK"), "{libdir}/gbm"),
     **dict.fromkeys(("UTILITY_BINARY", "UTILITY_BIN_SYMLINK", "INSTALLER_BINARY"), "/usr/bin"),
     **dict.fromkeys(("MANPAGE", "NVIDIA_MODPROBE_MANPAGE"), "/usr/share/man/{path}"),

@@ -63,11 +63,13 @@ BY_MODULE: dict[str, frozenset[str]] = {
 BY_TYPE: dict[str, frozenset[str]] = {
     "FIRMWARE": ALWAYS,
     **dict.fromkeys(("GRID_LIB", "GRID_LIB_SYMLINK", "FLEXERA_LIB", "FLEXERA_LIB_SYMLINK"), ALWAYS),
-    **dict.fromkeys(("DOCUMENTATION", "MANPAGE", "NVIDIA_MODPROBE_MANPAGE"), DOCUMENTATION),
-    # Modules are built apart; the rest belongs to the installer or to a desktop.
+    **dict.fromkeys(("DOCUMENTATION", "MANPAGE"), DOCUMENTATION),
+    # Modules are built apart, and the guest has units of its own; the rest belongs to the installer
+    # or to a desktop.
     **dict.fromkeys(("KERNEL_MODULE_SRC", "KERNEL_MODULE", "DKMS_CONF", "MODULE_SIGNING_KEY",
-                     "INSTALLER_BINARY", "NVIDIA_MODPROBE", "LIBGL_LA", "OPENGL_HEADER",
-                     "DOT_DESKTOP", "ICON", "SYSTEMD_SLEEP_SCRIPT"), NEVER),
+                     "INSTALLER_BINARY", "NVIDIA_MODPROBE", "NVIDIA_MODPROBE_MANPAGE", "LIBGL_LA",
+                     "OPENGL_HEADER", "DOT_DESKTOP", "ICON", "SYSTEMD_UNIT", "SYSTEMD_UNIT_SYMLINK",
+                     "SYSTEMD_SLEEP_SCRIPT"), NEVER),
     **dict.fromkeys(("XMODULE_SHARED_LIB", "XMODULE_SYMLINK", "XMODULE_NEWSYM",
                      "GLX_MODULE_SHARED_LIB", "GLX_MODULE_SYMLINK", "XORG_OUTPUTCLASS_CONFIG"),
                     _DISPLAY),

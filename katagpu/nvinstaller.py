@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 
 from katagpu import nvbranches
+from katagpu.drivermanifest import XORG
 from katagpu.errors import StepError, UserError
 from katagpu.schema import KernelModule
 
@@ -35,8 +36,8 @@ class Request:
 
     `release` is the guest kernel's, `flavours` what the package's manifest has, `builds` whether
     the installer compiles the modules itself. `source` is the directory of the kernel's headers in
-    the root, where not `/lib/modules/RELEASE/build`. `opengl`, `glvnd`, `wine` and `compat32`:
-    files of this kind ship. `host_release` is the running kernel's.
+    the root, where not `/lib/modules/RELEASE/build`. `opengl`, `display` (modules of the X server),
+    `wine` and `compat32`: files of this kind ship. `host_release` is the running kernel's.
     """
 
     version: str
@@ -48,7 +49,7 @@ class Request:
     drm: bool = False
     peermem: bool = False
     opengl: bool = False
-    glvnd: bool = False
+    display: bool = False
     wine: bool = False
     compat32: bool = False
     jobs: int = 1
@@ -95,7 +96,8 @@ WANTED: tuple[Want, ...] = (
          when=lambda r: not r.builds or r.flavour is KernelModule.CLOSED,
          reason="else the flavour depends on the build host's GPUs, and a package with one "
                 "flavour may be called unfit",
-         without="before 555 closed modules are what it builds unasked"),
+         without="before 555 the flavour matters only where it builds modules, and closed is "
+                 "its default"),
     Want(spellings=("--kernel-source-path={source}",), since=OLD, when=lambda r: bool(r.source),
          reason="else it looks in /lib/modules and then takes /usr/src/linux, whatever that is"),
     Want(spellings=("--kernel-output-path={source}",), since=OLD, when=lambda r: bool(r.source),
@@ -114,6 +116,8 @@ WANTED: tuple[Want, ...] = (
     Want(spellings=("--no-opengl-files",), since=OLD, when=lambda r: not r.opengl,
          reason="about 300 MB that no capability of the recipe asks for",
          without="what is not asked for is left behind in the harvest"),
+    Want(spellings=("--x-module-path={xorg}",), since=OLD, when=lambda r: r.display,
+         reason="without an X server in the root it guesses /usr/lib64/xorg/modules"),
     Want(spellings=("--no-wine-files",), since=OLD, when=lambda r: not r.wine,
          reason="Windows libraries for Proton",
          without="what is not asked for is left behind in the harvest"),
@@ -122,11 +126,12 @@ WANTED: tuple[Want, ...] = (
          without="what is not asked for is left behind in the harvest"),
     Want(spellings=("--install-compat32-libs",), since=OLD, when=lambda r: r.compat32,
          reason="unasked, it leaves them out where the root has no directory for them"),
-    Want(spellings=("--no-install-libglvnd",), since=OLD, when=lambda r: not r.glvnd,
+    Want(spellings=("--no-install-libglvnd",), since=OLD, when=lambda r: not r.opengl,
          reason="a guest with a part of libglvnd in it is a question whose default is to abort",
          without="the question comes only with OpenGL's files"),
-    Want(spellings=("--install-libglvnd",), since=OLD, when=lambda r: r.glvnd,
-         reason="a guest with a part of libglvnd in it is a question whose default is to abort",
+    Want(spellings=("--install-libglvnd",), since=OLD, when=lambda r: r.opengl,
+         reason="it always links /usr/lib/libGL.so.1 to libglvnd's library; where that is not "
+                "installed, ldconfig removes the link and the installer's own check fails",
          without="it installs what is missing"),
     Want(spellings=("--no-x-check",), since=OLD, without="the sandbox has a /tmp of its own",
          reason="a lock file of the build host's X server in /tmp would abort it"),
@@ -211,7 +216,7 @@ def left_out(supported: Set[str], request: Request) -> list[str]:
 def _choices(supported: Set[str], request: Request) -> Iterator[tuple[Want, str | None]]:
     """Each applicable wish with the spelling that is listed, if any."""
     values = {"release": request.release, "log": request.log, "source": request.source,
-              "jobs": min(max(request.jobs, 1), MOST_JOBS),
+              "xorg": XORG, "jobs": min(max(request.jobs, 1), MOST_JOBS),
               "type": "open" if request.flavour is KernelModule.OPEN else "proprietary"}
     for want in WANTED:
         if want.when(request):

@@ -42,9 +42,12 @@ def test_what_is_no_manifest(text: str) -> None:
         parse(text)
 
 
-def test_it_ends_at_the_first_empty_line() -> None:
-    text = f"{HEAD}nvidia-smi 0755 UTILITY_BINARY MODULE:nvml\n\nrest 0755 UTILITY_BINARY\nnonsense"
-    assert [entry.file for entry in parse(text).entries] == ["nvidia-smi"]
+def test_empty_lines_do_not_count() -> None:
+    """As for NVIDIA's installer, which sees neither an end nor a line in them."""
+    text = f"{HEAD}nvidia-smi 0755 UTILITY_BINARY MODULE:nvml\n\nrest 0755 UTILITY_BINARY\n\n"
+    assert [entry.file for entry in parse(text).entries] == ["nvidia-smi", "rest"]
+    with pytest.raises(StepError, match="line 12 "):
+        parse(f"{text.rstrip()}\nnonsense\n")
 
 
 # Lines of the manifests of 390.157, 440.44 and 460.67 as they are.

@@ -60,14 +60,15 @@ SCREEN = {f"{name}.{VERSION}" for name in (
     "libEGL_nvidia.so", "libGLESv1_CM_nvidia.so", "libGLESv2_nvidia.so", "libGLX_nvidia.so",
     "libnvidia-allocator.so", "libnvidia-eglcore.so", "libnvidia-fbc.so", "libnvidia-glcore.so",
     "libnvidia-glsi.so", "libnvidia-glvkspirv.so", "libnvidia-gpucomp.so", "libnvidia-tls.so")} | {
-    "10_nvidia.json", "10_nvidia_wayland.json", "libEGL.so.1.1.0", "libGLX.so.0",
-    "libGLdispatch.so.0", "libOpenGL.so.0", "nvidia_icd.json", "nvidia_layers.json",
+    "10_nvidia.json", "10_nvidia_wayland.json", "libEGL.so.1.1.0", "libGL.so.1.7.0",
+    "libGLESv1_CM.so.1.2.0", "libGLESv2.so.2.1.0", "libGLX.so.0", "libGLdispatch.so.0",
+    "libOpenGL.so.0", "nvidia_icd.json", "nvidia_layers.json",
     f"nvidia-application-profiles-{VERSION}-rc",
     f"nvidia-application-profiles-{VERSION}-key-documentation"}
 RAYS = {f"libnvidia-rtcore.so.{VERSION}", f"libnvoptix.so.{VERSION}", "nvoptix.bin",
         "libnvidia-api.so.1"}
 DOCUMENTS = {"LICENSE", "NVIDIA_Changelog", "README.txt", "nvidia-cuda-mps-control.1.gz",
-             "nvidia-modprobe.1.gz", "nvidia-persistenced.1.gz", "nvidia-settings.1.gz",
+             "nvidia-persistenced.1.gz", "nvidia-settings.1.gz",
              "nvidia-persistenced-init.tar.bz2", "nvidia-smi.1.gz"}
 
 
@@ -96,13 +97,20 @@ def test_the_recipe_s_capabilities_are_known() -> None:
 def test_what_never_ships() -> None:
     chosen = select(package(VERSION), CAPABILITIES, documentation=True)
     left = {entry.file for entry in chosen.left}
-    assert {"nvidia-installer", "nvidia-uninstall", "nvidia-modprobe", "nvidia-bug-report.sh",
+    assert {"nvidia-installer", "nvidia-uninstall", "nvidia-modprobe", "nvidia-modprobe.1.gz",
+            "nvidia-bug-report.sh",
             "nvidia-settings", "nvidia-settings.desktop", f"libnvidia-gtk3.so.{VERSION}",
             "nvidia-powerd", "nvidia-dbus.conf", "systemd/nvidia-sleep.sh",
             "systemd/system-sleep/nvidia", "systemd/system/nvidia-suspend.service",
             "nvidia-suspend.service", "libglvnd_install_checker/glvnd_check",
             "kernel/nvidia/nv.c", "kernel-open/nvidia/nv.c", "kernel/dkms.conf"} <= left
     assert not left & {entry.file for entry in chosen.shipped}
+
+
+def test_units_never_ship_whoever_they_are_of() -> None:
+    """The installer is told to leave units out, so that none may be missed."""
+    new = package(VERSION, "systemd/system/nvidia-new.service 0644 SYSTEMD_UNIT MODULE:unheard-of")
+    assert "systemd/system/nvidia-new.service" not in shipped(new, *CAPABILITIES)
 
 
 def test_links_go_with_their_libraries() -> None:

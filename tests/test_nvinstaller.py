@@ -125,7 +125,7 @@ def test_nothing_that_is_not_listed_is_ever_passed(
 ) -> None:
     listed = supported(help_text(version))
     wish = request(version, builds=builds, flavour=flavour, drm=everything, opengl=everything,
-                   glvnd=everything, wine=everything, compat32=everything, peermem=everything,
+                   wine=everything, compat32=everything, peermem=everything,
                    source="/usr/src/linux")
     words = {word.partition("=")[0] for word in command(listed, wish)[1:]}
     assert words <= listed
@@ -163,7 +163,8 @@ def test_something_essential_that_is_not_listed_is_refused() -> None:
 def test_what_is_left_out_is_said() -> None:
     said = left_out(supported(help_text("510.54")), request("510.54", builds=True))
     assert said == [
-        "--kernel-module-type is not listed: before 555 closed modules are what it builds unasked",
+        "--kernel-module-type is not listed: before 555 the flavour matters only where it builds "
+        "modules, and closed is its default",
         "--skip-module-load is not listed: a kernel name other than the running one means the same",
         "--no-dkms is not listed: before 520 it does so only when told to",
         "--no-rebuild-initramfs is not listed: before 545 it never touches it"]

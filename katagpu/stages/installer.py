@@ -85,6 +85,7 @@ class _Compiler:
         if (headers / "lib").is_dir():  # a directory here would hide the guest's link
             shutil.rmtree(headers / "lib")
         (modules / "build").symlink_to(f"/{place}")
+        (modules / "kernel").mkdir(exist_ok=True)  # without it modules are put into ./video
         self.layers = (headers, build.tree("driver_build"))
         # the compiler is in the guest's layers, and not in the toolchain
         compiler = digest([build.inputs[name].identity
@@ -145,7 +146,8 @@ def _request(build: Build, manifest: Manifest,
         builds=options["modules_by"] == ModulesBy.INSTALLER,
         drm="nvidia-drm" not in options.get("excluded", ()),
         opengl=any(entry.opengl for entry in shipped),
-        glvnd=any(entry.type.startswith("GLVND_LIB") for entry in shipped),
+        display=any(entry.type in drivermanifest.X_MODULES for entry in shipped),
+        wine=any(entry.type == "WINE_LIB" for entry in shipped),
         compat32=any(entry.compat32 for entry in shipped), jobs=jobs(),
         host_release=os.uname().release)
 
@@ -193,7 +195,8 @@ def _take(build: Build, guest: Root, upper: Path, selection: driverparts.Selecti
     target = build.directory("taken")
     answer = build.inside(harvest.take, [guest], upper=str(upper), target=str(target),
                           wanted=list(places))
-    lost = [path for path in answer["missing"] if places[path].target is None]
+    lost = [path for path in answer["missing"] if places[path].target is None
+            and places[path].type != drivermanifest.ONLY_WITH_X]
     lost += [name for name, entry in strange.items() if name not in found and not entry.target]
     if lost:
         raise StepError(f"nvidia-installer did not install {len(lost)} files that its manifest has "

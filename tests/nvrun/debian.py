@@ -39,6 +39,8 @@ GRAPHICS = (
     "nvidia-suspend-common", "nvidia-vdpau-driver", "nvidia-vulkan-common",
     "xserver-xorg-video-nvidia",
 )
+# NVIDIA's package always brings libglvnd, Debian has it among the free packages.
+GLVND = ("libegl1", "libgl1", "libgles1", "libgles2", "libglvnd0", "libglx0", "libopengl0")
 COMPAT32 = ("libcuda1", "libnvidia-ml1", "libnvidia-nvvm4", "libnvidia-ptxjitcompiler1")
 SINCE_545 = ("libnvidia-gpucomp",)
 
@@ -52,7 +54,7 @@ class Suite:
 
     def packages(self, *, graphics: bool) -> tuple[str, ...]:
         """The packages for x86_64, without their dependencies."""
-        found = KERNEL + COMPUTE + (GRAPHICS if graphics else ())
+        found = KERNEL + COMPUTE + GLVND + (GRAPHICS if graphics else ())
         return found + (SINCE_545 if self.branch >= 545 else ())
 
 
@@ -69,8 +71,9 @@ def packages(suite: Suite, cache: Path, *, graphics: bool = False,
         wanted["i386"] = COMPAT32
     found = {}
     for architecture, names in wanted.items():
-        archive = Archive(uri=uri, suites=(suite.name,), components=("contrib", "non-free",
-                          "non-free-firmware"), keyring=KEYRING)
+        free = ("main",) if architecture == "amd64" else ()
+        archive = Archive(uri=uri, suites=(suite.name,), keyring=KEYRING,
+                          components=(*free, "contrib", "non-free", "non-free-firmware"))
         lock = resolve(Request(recipe=suite.name, identity="", architecture=architecture,
                                archives={GUEST: (archive,)}, groups={"driver": Group(packages=names,
                                                                             alone=True)}),
@@ -121,7 +124,7 @@ def unpack(debs: list[tuple[Deb, Path]], place: Path) -> Content:
         for name, found in _files(root):
             if not FOREIGN.search(f"/{found.relative_to(root)}") \
                     and not found.is_relative_to(root / "source"):
-                files.setdefault(name, found)
+                files.setdefault(name.removesuffix(".0.0"), found)  # NVIDIA's libGLX.so.0
     return Content(files=files, sources=sources)
 
 

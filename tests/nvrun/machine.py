@@ -19,6 +19,7 @@ from katagpu.sandbox import Bind, Entry, Root
 from katagpu.schema import KernelModule
 
 HERE = Path(__file__).parent
+STAND_IN = HERE / "nvidia-installer"
 RELEASE = "6.1.0-toy"
 VERSION = "550.163.01"
 PACKAGE = "/package"
@@ -79,10 +80,11 @@ HEADER = "int toy_resize(int, int);\n"
 
 @dataclass(kw_only=True)
 class Machine:
-    """A package and a root below `place`. Both can be changed before a run."""
+    """A package with `installer` and a root below `place`. Both can be changed before a run."""
 
     place: Path
     version: str = VERSION
+    installer: Path = STAND_IN
     runs: int = 0
     binds: list[Bind] = field(default_factory=list)
 
@@ -147,8 +149,8 @@ class Machine:
 
     def manifest(self, *more: str) -> None:
         """Write the manifest; `more` are further entries."""
-        lines = ["NVIDIA Accelerated Graphics Driver for Linux-x86_64", self.version, "",
-                 " ".join(MODULES), "", "", "./kernel/", "./kernel/precompiled/",
+        lines = ["NVIDIA Accelerated Graphics Driver for Linux-x86_64", self.version, " ",
+                 " ".join(MODULES), " ", " ", "./kernel/", "./kernel/precompiled/",
                  *TYPES.format(version=self.version).splitlines(), *more]
         (self.package / ".manifest").write_text("\n".join(lines) + "\n")
 
@@ -187,7 +189,7 @@ class Machine:
 
     def _package(self) -> None:
         self.package.mkdir(parents=True)
-        shutil.copy(HERE / "nvidia-installer", self.package)
+        shutil.copy(self.installer, self.package / "nvidia-installer")
         for line in TYPES.format(version=self.version).splitlines():
             name, mode = line.split()[:2]
             path = self.package / name
