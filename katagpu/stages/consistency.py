@@ -18,16 +18,20 @@ INPUTS = {"release": Ref(stage="kernel", output="release"),
           "vmlinux": Ref(stage="kernel", output="vmlinux")}
 
 
-def check(build: Build, roots: Sequence[Root], **facts: Any) -> list[Finding]:
+def check(build: Build, roots: Sequence[Root], *, driver: dict[str, Any] | None, toolkit: str,
+          agent: bool, vgpu: bool, root_format: str, compressor: str | None,
+          extension: str | None) -> list[Finding]:
     """Run the checks in the namespace that owns the files; warnings go to the terminal.
 
-    `facts` are those of `assembly.check` that only the stage knows; the kernel's come from the
+    The facts are those of `assembly.check` that only the stage knows; the kernel's come from the
     stage's inputs (`INPUTS`).
     """
     found = build.inside(assembly.check, roots, facts={
         "kernel_release": build.blob("release").read_text(),
         "symvers": str(build.blob("symvers")), "kernel_config": str(build.blob("config")),
-        "kernel_build_id": elf.read_build_id(build.blob("vmlinux")), **facts})
+        "kernel_build_id": elf.read_build_id(build.blob("vmlinux")),
+        "driver": driver, "toolkit": toolkit, "agent": agent, "vgpu": vgpu,
+        "root_format": root_format, "compressor": compressor, "extension": extension})
     findings = [Finding(check=item["check"], severity=Severity(item["severity"]),
                         what=item["what"], where=item["where"], cure=item["cure"])
                 for item in found]

@@ -58,8 +58,8 @@ def make_root(build: Build) -> None:
     options = build.options
     findings = consistency.check(
         build, [guest, disk], driver=options["driver"], toolkit=options["toolkit"],
-        agent=options["agent"], root_format="erofs", compressor=options["compressor"],
-        extension=options["place"])
+        agent=options["agent"], vgpu=False, root_format="erofs",
+        compressor=options["compressor"], extension=options["place"])
     build.put_bytes("report", consistency.report(findings))
     raise_on(findings)
     build.put_tree("tree", out)

@@ -32,7 +32,9 @@ def test_every_artifact_is_what_the_manifest_says(context: Context) -> None:
     manifest = json.loads(artifact(context, "manifest.json").read_text())
     names = {"image": "kata-*.image", "vmlinuz": "vmlinuz-*", "vmlinux": "vmlinux-*",
              "headers": "linux-headers-*", "kernel_config": "config-*",
-             "kata_config": "50-katagpu.toml", "sizes": "sizes.json", "files": "files.mtree"}
+             "kata_config": "50-katagpu.toml",
+             "kata_config_rs": "50-katagpu-runtime-rs.toml",
+             "sizes": "sizes.json", "files": "files.mtree"}
     assert set(names) == set(manifest["parts"])
     for part, pattern in names.items():
         path = artifact(context, pattern)

@@ -193,8 +193,8 @@ def test_what_was_read_back_passes_the_checks(split: Split, mounted: bool) -> No
                           special=False))
     found = consistency.check(
         build, roots, driver=stage.options["driver"] if mounted else None,
-        toolkit=stage.options["toolkit"], agent=False, root_format="erofs", compressor="zstd",
-        extension=layers.EXTENSION_ROOT)
+        toolkit=stage.options["toolkit"], agent=False, vgpu=False, root_format="erofs",
+        compressor="zstd", extension=layers.EXTENSION_ROOT)
     assert found == []
 
 

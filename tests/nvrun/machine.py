@@ -69,6 +69,9 @@ if [ "$5" = cc_sanity_check ] && ! command -v "$1" > /dev/null; then
     echo "no compiler $1"
     exit 1
 fi
+if [ "$5" = test_configuration_option ]; then
+    exit 1  # no kernel has it
+fi
 if [ "$5" = preempt_rt_sanity_check ] && [ -e "$4/include/config/PREEMPT_RT" ]; then
     echo "The kernel you are installing for is a PREEMPT_RT kernel!"
     exit 1
