@@ -64,7 +64,7 @@ def from_apt(recipe: Recipe, archive: ToyArchive, directory: Path,
     recipe = hooked(recipe, ToolkitSource.APT, version=VERSION, repository=Repository(
         uri=archive.base, signed_by=str(key), fingerprint=archive.fingerprint()))
     wanted = request.request(recipe, directory)
-    only = replace(wanted, archives=(), groups={"base": Group(),
+    only = replace(wanted, archives={lock.GUEST: ()}, groups={"base": Group(),
                                                 "toolkit": wanted.groups["toolkit"]})
     found = resolve.resolve(only, directory / "apt").group("toolkit")
     assert {deb.package for deb in found} == {

@@ -134,8 +134,7 @@ def built(context: Context, runs: Path, tmp_path_factory: pytest.TempPathFactory
     known = context.locked()
     assert known is not None
     # the rest of the lock as the default guest's, so that its roots are hits
-    groups = {**known.groups, "driver_build": lock.groups["driver_build"],
-              "build_layer": lock.groups["build_layer"]}
+    groups = {**known.groups, "driver_build": lock.groups["driver_build"]}
     return planned(context, recipe, place, replace(known, groups=groups))
 
 
