@@ -303,17 +303,3 @@ def destination(entry: Entry, layout: Layout) -> PurePosixPath | None:
     if path.parts[1] in ("bin", "sbin", "lib", "lib32", "lib64"):
         path = PurePosixPath("/usr", *path.parts[1:])
     return path
-
-
-def link_target(entry: Entry, layout: Layout) -> str | None:
-    """What a link entry points to once it is installed; None for a file.
-
-    Two types have a target made by the installer: a backend of GBM, and a unit's `.requires` link.
-    """
-    if entry.target is None:
-        return None
-    if entry.type == "GBM_BACKEND_LIB_SYMLINK":
-        return f"{layout.libdir32 if entry.compat32 else layout.libdir}/{entry.target}"
-    if entry.type == "SYSTEMD_UNIT_SYMLINK":
-        return f"{_UNITS}/{entry.name}"
-    return entry.target

@@ -77,7 +77,7 @@ def _driver(recipe: Recipe, lock: Lock, root: Path, chain: list[Ref]) -> list[St
 
 
 def _runfile(recipe: Recipe, lock: Lock, root: Path, chain: list[Ref]) -> list[Stage]:
-    verified = package.package(recipe, root)
+    verified = package.package(recipe, lock, root)
     user = installer.user(recipe, root, {f"below{index}": ref for index, ref in enumerate(chain)})
     if recipe.driver.modules_by is ModulesBy.KATAGPU:
         return [verified, runfile.modules(recipe, root), user]

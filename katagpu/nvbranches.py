@@ -7,6 +7,7 @@ release after the last one that is named nothing is known, and it is let pass.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from katagpu.errors import UserError
@@ -127,13 +128,17 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def limit(version: str, release: str, flavour: KernelModule) -> Limit | None:
-    """The fact that speaks against a driver of this version on a kernel of this release."""
+def limit(version: str, release: str, flavour: KernelModule,
+          lifted: Set[str] = frozenset()) -> Limit | None:
+    """The fact that speaks against a driver of this version on a kernel of this release.
+
+    Patches of ours have `lifted` the facts about these kernels.
+    """
     driver = numbers(version)
     for each in LIMITS:
         last = numbers(each.driver)
         if last[0] == driver[0] and driver <= last and each.flavour in (None, flavour) \
-                and any(_covers(kernel, release) for kernel in each.kernels):
+                and any(_covers(kernel, release) for kernel in set(each.kernels) - lifted):
             return each
     return None
 
@@ -143,19 +148,20 @@ def _covers(kernel: str, release: str) -> bool:
     return found >= bound and (len(bound) == 2 or found[:2] == bound[:2])
 
 
-def check_kernel(version: str, release: str, flavour: KernelModule) -> None:
+def check_kernel(version: str, release: str, flavour: KernelModule,
+                 lifted: Set[str] = frozenset()) -> None:
     """Refuse a driver that does not build for the kernel as NVIDIA ships it. Raises `UserError`.
 
-    Not for a driver to which patches of ours apply: whether they suffice is theirs to say.
+    `lifted` is as for `limit`.
     """
-    known = limit(version, release, flavour)
+    known = limit(version, release, flavour, lifted)
     if known is not None:
         kernel = next(each for each in known.kernels if _covers(each, release))
         raise UserError(
             f"driver {version} ({flavour}) does not build for kernel {release}: as far as "
             f"{known.driver}, its branch fails on {kernel} and later ({known.source})",
             hint=f"take a newer driver ({_newer(version, release, flavour)}), an older kernel, or "
-                 f"put a patch into patches/driver-{flavour} that makes it compile")
+                 f"put a patch that lifts {kernel} into patches/driver-{flavour}")
     branch = _branch(version)
     if branch is not None and numbers(release) < numbers(branch.oldest):
         raise UserError(f"driver {version} needs kernel {branch.oldest} or newer, not {release}",

@@ -35,8 +35,7 @@ class Request:
     """What a run of the installer is for.
 
     `release` is the guest kernel's, `flavours` what the package's manifest has, `builds` whether
-    the installer compiles the modules itself. `source` is the directory of the kernel's headers in
-    the root, where not `/lib/modules/RELEASE/build`. `opengl`, `display` (modules of the X server),
+    the installer compiles the modules itself. `opengl`, `display` (modules of the X server),
     `wine` and `compat32`: files of this kind ship. `host_release` is the running kernel's.
     """
 
@@ -45,9 +44,7 @@ class Request:
     flavour: KernelModule
     flavours: frozenset[str]
     builds: bool = False
-    source: str | None = None
     drm: bool = False
-    peermem: bool = False
     opengl: bool = False
     display: bool = False
     wine: bool = False
@@ -98,10 +95,6 @@ WANTED: tuple[Want, ...] = (
                 "flavour may be called unfit",
          without="before 555 the flavour matters only where it builds modules, and closed is "
                  "its default"),
-    Want(spellings=("--kernel-source-path={source}",), since=OLD, when=lambda r: bool(r.source),
-         reason="else it looks in /lib/modules and then takes /usr/src/linux, whatever that is"),
-    Want(spellings=("--kernel-output-path={source}",), since=OLD, when=lambda r: bool(r.source),
-         reason="as the source path: our headers are both in one"),
     Want(spellings=("--concurrency-level={jobs}",), since=OLD, when=lambda r: r.builds,
          reason="as many jobs as this build may use",
          without="it takes the number of processors, at most 32"),
@@ -111,7 +104,7 @@ WANTED: tuple[Want, ...] = (
     Want(spellings=("--no-drm",), since=OLD, when=lambda r: r.builds and not r.drm,
          reason="nvidia-drm needs the kernel's DRM, which a headless guest has not",
          without="it is built where the kernel allows"),
-    Want(spellings=("--no-peermem",), since="470.86", when=lambda r: r.builds and not r.peermem,
+    Want(spellings=("--no-peermem",), since="470.86", when=lambda r: r.builds,
          reason="nvidia-peermem needs InfiniBand's core", without="the package has no such module"),
     Want(spellings=("--no-opengl-files",), since=OLD, when=lambda r: not r.opengl,
          reason="about 300 MB that no capability of the recipe asks for",
@@ -215,8 +208,8 @@ def left_out(supported: Set[str], request: Request) -> list[str]:
 
 def _choices(supported: Set[str], request: Request) -> Iterator[tuple[Want, str | None]]:
     """Each applicable wish with the spelling that is listed, if any."""
-    values = {"release": request.release, "log": request.log, "source": request.source,
-              "xorg": XORG, "jobs": min(max(request.jobs, 1), MOST_JOBS),
+    values = {"release": request.release, "log": request.log, "xorg": XORG,
+              "jobs": min(max(request.jobs, 1), MOST_JOBS),
               "type": "open" if request.flavour is KernelModule.OPEN else "proprietary"}
     for want in WANTED:
         if want.when(request):

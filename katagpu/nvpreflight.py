@@ -32,10 +32,8 @@ LINKS = 40  # as the kernel
 class Plan:
     """A run of the installer that is about to start.
 
-    `layers` are the directories of the root, topmost first; `headers` the path of the kernel's
-    headers in it, where not `/lib/modules/RELEASE/build`. `space` is a directory on the file system
-    that will hold what is written. `patched`: a patch of ours applies to the modules, so the table
-    of branches says nothing about them. `headless`: neither OpenGL's nor 32-bit files are wanted.
+    `layers` are the directories of the root, topmost first. `space` is a directory on the file
+    system that will hold what is written. `headless`: neither OpenGL's nor 32-bit files are wanted.
     """
 
     version: str
@@ -44,9 +42,7 @@ class Plan:
     flavours: frozenset[str]
     layers: Sequence[Path]
     space: Path
-    headers: str | None = None
     builds: bool = False
-    patched: bool = False
     headless: bool = True
 
 
@@ -140,8 +136,6 @@ def require(problems: Sequence[Problem]) -> None:
 def _fit(plan: Plan) -> Iterator[Problem]:
     try:
         nvbranches.check_flavour(plan.version, plan.flavour, plan.flavours)
-        if not plan.patched:
-            nvbranches.check_kernel(plan.version, plan.release, plan.flavour)
     except UserError as refusal:
         yield Problem(what=refusal.what, cure=refusal.hint or "")
 
@@ -167,7 +161,7 @@ def _space(plan: Plan) -> Iterator[Problem]:
 
 
 def _headers(plan: Plan, layers: Layers) -> Iterator[Problem]:
-    place = plan.headers or f"/lib/modules/{plan.release}/build"
+    place = f"/lib/modules/{plan.release}/build"
     cure = "build the kernel again, with its headers package (./doitw build_kernel)"
     if layers.find(place) is None:
         yield Problem(what=f"the headers of kernel {plan.release} are not in the root: there is "

@@ -14,6 +14,7 @@ from katagpu.errors import StepError, UserError
 from katagpu.run import run
 
 _FIELDS = {"patch", "target", "versions", "reason"}
+_MORE = {"when", "lifts"}
 
 
 class Target(StrEnum):
@@ -43,13 +44,18 @@ class Grep:
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """One entry of a series. `versions` are globs over the version of the target."""
+    """One entry of a series.
+
+    `versions` are globs over the version of the target. `lifts` are the kernels, as the table of
+    NVIDIA's branches names them, that it makes a driver compile on.
+    """
 
     path: Path
     target: Target
     versions: tuple[str, ...]
     reason: str
     when: Grep | None = None
+    lifts: tuple[str, ...] = ()
 
 
 def load_series(path: Path) -> list[Patch]:
@@ -67,14 +73,16 @@ def load_series(path: Path) -> list[Patch]:
 
 
 def _patch(entry: Any, directory: Path, where: str) -> Patch:
-    if not isinstance(entry, dict) or not _FIELDS <= set(entry) <= _FIELDS | {"when"}:
+    if not isinstance(entry, dict) or not _FIELDS <= set(entry) <= _FIELDS | _MORE:
         raise UserError(f"{where} must have the fields {', '.join(sorted(_FIELDS))}, "
-                        "and may have when")
+                        "and may have when and lifts")
     if entry["target"] not in list(Target):
         raise UserError(f"{where}: target is one of {', '.join(Target)}, not {entry['target']!r}")
-    versions, reason = entry["versions"], entry["reason"]
-    if not isinstance(versions, list) or not all(isinstance(each, str) for each in versions):
+    versions, lifts, reason = entry["versions"], entry.get("lifts", []), entry["reason"]
+    if not _words(versions):
         raise UserError(f"{where}: versions is a list of patterns, such as '550.163.*'")
+    if not _words(lifts):
+        raise UserError(f"{where}: lifts is a list of kernels, such as '6.15'")
     if not isinstance(reason, str) or not reason.strip():
         raise UserError(f"{where} gives no reason", hint="say what breaks without the patch")
     file = directory / str(entry["patch"])
@@ -82,7 +90,11 @@ def _patch(entry: Any, directory: Path, where: str) -> Patch:
         raise UserError(f"{where}: there is no patch {file}")
     when = _grep(entry["when"], where) if "when" in entry else None
     return Patch(path=file, target=Target(entry["target"]), versions=tuple(versions),
-                 reason=reason.strip(), when=when)
+                 reason=reason.strip(), when=when, lifts=tuple(lifts))
+
+
+def _words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _grep(when: Any, where: str) -> Grep:
@@ -102,10 +114,18 @@ def select(series: Iterable[Patch], target: Target, version: str, headers: Path)
     `headers` is the directory that has `include/linux` of the kernel: its source, or the one that a
     driver is compiled against.
     """
-    return [each for each in series
-            if each.target == target
-            and any(fnmatchcase(version, glob) for glob in each.versions)
+    return [each for each in series if _meant(each, target, version)
             and (each.when is None or each.when.holds(headers))]
+
+
+def lifted(series: Iterable[Patch], target: Target, version: str) -> frozenset[str]:
+    """The kernels that a version of the target compiles on thanks to its patches."""
+    return frozenset(kernel for each in series if _meant(each, target, version)
+                     for kernel in each.lifts)
+
+
+def _meant(patch: Patch, target: Target, version: str) -> bool:
+    return patch.target == target and any(fnmatchcase(version, glob) for glob in patch.versions)
 
 
 def patch_argv(patch: Path, tree: Path) -> list[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from katagpu import nvbranches, runpayload
-from katagpu.drivermanifest import FILE, FILELIST, Manifest, parse
+from katagpu.drivermanifest import FILE, Manifest, parse
 from katagpu.errors import StepError, UserError
 from katagpu.runpayload import AGAIN, CHUNK, Compression, Contents, Payload
 from katagpu.schema import KernelModule
@@ -55,11 +55,6 @@ class Header:
     body: int
     payload: int
     compression: Compression
-
-    @property
-    def grid(self) -> bool:
-        """Is it the package of a vGPU guest, which brings the license daemon?"""
-        return "grid" in self.variant.split("-") and not self.host
 
     @property
     def host(self) -> bool:
@@ -106,11 +101,6 @@ class RunFile:
         if FILE not in self.contents.texts:
             raise StepError(f"{self.path} has no {FILE} in it", hint=AGAIN)
         return parse(self.contents.texts[FILE])
-
-    @property
-    def filelist(self) -> str | None:
-        """NVIDIA's classification of its files, as text; packages before 570 have none."""
-        return self.contents.texts.get(FILELIST)
 
     def extract(self, target: Path) -> None:
         """Unpack into a new directory. Call `verify` before.

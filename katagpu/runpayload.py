@@ -30,7 +30,7 @@ from katagpu.log import size as readable
 
 CHUNK = 1 << 20
 BLOCK = 4096  # what a small file takes on disk
-KEPT = (".manifest", "sandboxutils-filelist.json")
+KEPT = (".manifest",)
 KEPT_LIMIT = 16 << 20
 AGAIN = "fetch the file again from NVIDIA, and compare its SHA-256 with theirs"
 SPACE = "./doitw cache:gc, or set KATAGPU_STORE to a larger file system"

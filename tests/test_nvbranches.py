@@ -55,8 +55,14 @@ def test_the_refusal_names_the_fact_its_source_and_the_cures() -> None:
         "driver 550.163.01 (open) does not build for kernel 6.15.3: as far as 550.163.01, its "
         "branch fails on 6.15 and later (Debian, nvidia-graphics-drivers (changelog of "
         "550.163.01-2))\n  hint: take a newer driver (later than 550.163.01 in its branch, where "
-        "there is one; or branch 570), an older kernel, or put a patch into patches/driver-open "
-        "that makes it compile")
+        "there is one; or branch 570), an older kernel, or put a patch that lifts 6.15 into "
+        "patches/driver-open")
+
+
+def test_a_patch_lifts_one_fact_and_not_the_next() -> None:
+    check_kernel("535.104.05", "6.9.1", OPEN, frozenset({"6.8"}))
+    with pytest.raises(UserError, match=r"fails on 6\.10 and later"):
+        check_kernel("535.104.05", "6.10.1", OPEN, frozenset({"6.8"}))
 
 
 def test_a_kernel_that_is_too_old() -> None:

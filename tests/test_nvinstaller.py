@@ -125,14 +125,12 @@ def test_nothing_that_is_not_listed_is_ever_passed(
 ) -> None:
     listed = supported(help_text(version))
     wish = request(version, builds=builds, flavour=flavour, drm=everything, opengl=everything,
-                   wine=everything, compat32=everything, peermem=everything,
-                   source="/usr/src/linux")
+                   wine=everything, compat32=everything)
     words = {word.partition("=")[0] for word in command(listed, wish)[1:]}
     assert words <= listed
     assert {"--silent", "--kernel-name", "--log-file-name"} <= words
     assert ("--no-opengl-files" in words) is not everything
     assert ("--install-compat32-libs" in words) is everything
-    assert ("--kernel-source-path" in words) and ("--kernel-output-path" in words)
 
 
 @pytest.mark.parametrize(("version", "spelling"), [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from katagpu.errors import StepError, UserError
-from katagpu.patches import Target, apply, load_series, patch_argv, select
+from katagpu.patches import Target, apply, lifted, load_series, patch_argv, select
 
 SHIPPED = Path(__file__).parent.parent / "patches"
 FIX = """\
@@ -64,6 +64,14 @@ def test_a_patch_is_taken_by_target_version_and_condition(
     assert [each.path.name for each in chosen] == ["fix.patch"] * count
 
 
+def test_the_kernels_that_patches_lift(series: Path) -> None:
+    series.write_text(ENTRY.replace("reason: because", "reason: because\n  lifts: ['6.15']"))
+    found = load_series(series)
+    assert lifted(found, Target.DRIVER_OPEN, "550.163.01") == {"6.15"}
+    assert lifted(found, Target.DRIVER_OPEN, "570.10") == frozenset()
+    assert lifted(found, Target.DRIVER_CLOSED, "550.163.01") == frozenset()
+
+
 def test_a_condition_on_a_missing_header_is_an_error(series: Path, tmp_path: Path) -> None:
     with pytest.raises(StepError, match=r"include/linux/pci\.h"):
         select(load_series(series), Target.DRIVER_OPEN, "550.163.01", tmp_path)
@@ -75,6 +83,7 @@ def test_a_condition_on_a_missing_header_is_an_error(series: Path, tmp_path: Pat
     ("driver-open", "driver", "target is one of kernel, driver-open, driver-closed, not 'driver'"),
     ("fix.patch", "gone.patch", "there is no patch"),
     ('["*"]', "'*'", "entry 2: versions is a list"),
+    ("  reason: always\n", "  reason: always\n  lifts: '6.15'\n", "entry 2: lifts is a list"),
     ("  reason: always\n", "  reason: always\n  if: 1\n", "entry 2 must have"),
     ("file: include", "files: include", "when is grep: with file and pattern"),
     ("resize\\(", "resize(", "not a regular expression"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from katagpu import guest, recipe, request
+from katagpu.errors import UserError
 from katagpu.lock import Group, Lock
 from katagpu.schema import Recipe
 from katagpu.stages.api import Stage
@@ -106,6 +108,13 @@ def test_the_plan_is_the_reviewed_one(name: str, monkeypatch: pytest.MonkeyPatch
 
 def test_every_plan_has_its_recipe() -> None:
     assert sorted(path.stem for path in PLANS.glob("*")) == unbuilt()
+
+
+def test_a_driver_too_old_for_the_kernel_is_refused_before_anything_is_fetched() -> None:
+    wanted = recipe.load("nvidia-reference", ROOT)
+    newer = replace(wanted, kernel=replace(wanted.kernel, version="6.12.1"))
+    with pytest.raises(UserError, match=r"driver 510\.54 \(closed\) does not build for kernel 6\.12"):
+        guest.stages(newer, Lock(recipe="newer", request="", groups={}), ROOT)
 
 
 def renew() -> None:

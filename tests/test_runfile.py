@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,7 +63,7 @@ def test_a_package_is_read_and_unpacked(tmp_path: Path, compression: str) -> Non
     assert (header.version, header.variant, header.architecture) == (VERSION, "", "x86_64")
     assert header.label == f"NVIDIA Accelerated Graphics Driver for Linux-x86_64 {VERSION}"
     assert header.compression is Compression(compression)
-    assert not header.grid and not header.host
+    assert not header.host
     file.verify()
     fits(file, version=VERSION, flavour=KernelModule.OPEN, capabilities=("compute", "compat32"))
     target = tmp_path / "unpacked"
@@ -75,7 +74,6 @@ def test_a_package_is_read_and_unpacked(tmp_path: Path, compression: str) -> Non
     assert found == content
     assert file.contents.sizes == {name: len(data) for name, data in content.items()}
     assert file.manifest.version == VERSION
-    assert file.filelist is None
     assert (target / "nvidia-smi").stat().st_mode & 0o7777 == 0o755
     assert (target / "LICENSE").stat().st_mode & 0o7777 == 0o444
     assert (target / "kernel").stat().st_mode & 0o7777 == 0o755
@@ -420,11 +418,8 @@ def test_a_vgpu_host_s_package(tmp_path: Path, toy: Toy, sign: str) -> None:
 def test_a_vgpu_guest_s_package(tmp_path: Path) -> None:
     toy = Toy(name=Name(version=VERSION, variant="-grid"), add=GRID)
     file = RunFile(toy.make(tmp_path))
-    assert file.header.grid and not file.header.host
+    assert not file.header.host
     fits(file, version=VERSION)
-    assert not RunFile(Toy().make(tmp_path)).header.grid
-    assert not read_header(Toy(name=Name(version=VERSION, variant="-no-compat32")).make(
-        tmp_path)).grid
 
 
 def test_another_version(tmp_path: Path) -> None:
@@ -469,9 +464,3 @@ def test_a_package_that_lacks_files(tmp_path: Path) -> None:
 def test_a_package_without_a_manifest(tmp_path: Path, toy: Toy, said: str) -> None:
     with pytest.raises(StepError, match=said):
         fits(RunFile(toy.make(tmp_path)), version=None)
-
-
-def test_the_file_list_is_found(tmp_path: Path) -> None:
-    toy = Toy(files={"sandboxutils-filelist.json": b"[]"})
-    assert RunFile(toy.make(tmp_path)).filelist == "[]"
-    assert replace(toy, files={}).content().get("sandboxutils-filelist.json") is None

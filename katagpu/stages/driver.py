@@ -7,7 +7,7 @@ no change to the root file system compiles them again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from katagpu import nvconftest, patches
@@ -70,21 +70,17 @@ def make_modules(build: Build) -> None:
     compile_modules(build, source)
 
 
-def compile_modules(build: Build, source: Path,
-                    unpatched: Callable[[str], None] = lambda release: None) -> None:
+def compile_modules(build: Build, source: Path) -> None:
     """Plain make against the headers, then strip (an open nvidia.ko is 224 MB with debug info).
 
-    `source` is written to. The modules become the output `modules`. `unpatched` is asked about the
-    kernel's release before a source is compiled that no patch of ours applies to.
+    `source` is written to. The modules become the output `modules`.
     """
     release = build.blob("release").read_text()
     headers = build.directory("headers")
     run(["dpkg-deb", "--extract", build.blob("headers"), headers], log=build.log)
     place = f"/usr/src/linux-headers-{release}"
     flavour = KernelModule(build.options["flavour"])
-    if not patch(build, TARGETS[flavour], build.options["version"], headers / place.lstrip("/"),
-                 source):
-        unpatched(release)
+    patch(build, TARGETS[flavour], build.options["version"], headers / place.lstrip("/"), source)
     ccache, env = environment(build, "driver")
     layers = [build.tree("build_layer")] if "build_layer" in build.inputs else []
     # the driver's own files are in the key of `nvconftest`

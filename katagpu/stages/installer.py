@@ -95,8 +95,7 @@ class _Compiler:
         directory = runfile.DIRECTORIES[request.flavour]
         run(["cp", "--recursive", "--preserve=mode,timestamps", "--reflink=auto",
              tree / directory, own / directory], log=build.log)
-        self.patched = bool(patch(build, TARGETS[request.flavour], request.version,
-                                  headers / place, own / directory))
+        patch(build, TARGETS[request.flavour], request.version, headers / place, own / directory)
 
 
 def make_user(build: Build) -> None:
@@ -112,7 +111,7 @@ def make_user(build: Build) -> None:
     nvpreflight.require(nvpreflight.preflight(nvpreflight.Plan(
         version=request.version, release=request.release, flavour=request.flavour,
         flavours=request.flavours, layers=guest.lower, space=build.scratch,
-        builds=request.builds, patched=with_compiler is None or with_compiler.patched,
+        builds=request.builds,
         headless=not (request.opengl or request.compat32))))
     package = Root(lower=(tree,), upper=own, target=PACKAGE, special=False)
     _run(build, [guest, package], with_compiler, request)

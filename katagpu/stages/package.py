@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from katagpu import keys, log, runfile, vgpu
+from katagpu import keys, log, nvbranches, patches, runfile, vgpu
 from katagpu.download import Gone
 from katagpu.errors import UserError
 from katagpu.fetch import Job, fetch_all
+from katagpu.lock import Lock
 from katagpu.schema import KernelModule, Recipe
 from katagpu.stages.api import Build, Stage
+from katagpu.stages.driver import TARGETS
 from katagpu.store import Kind, writing
 
 MODULE = "stages.package"
@@ -26,10 +28,19 @@ DOWNLOADS = tuple(
     for area in ("XFree86/Linux-x86_64", "tesla"))
 
 
-def package(recipe: Recipe, root: Path) -> Stage:
-    """The verified file, and what it says of itself."""
+def package(recipe: Recipe, lock: Lock, root: Path) -> Stage:
+    """The verified file, and what it says of itself.
+
+    Raises `UserError` for a driver that does not build for the kernel, before anything is fetched.
+    """
     given = recipe.driver
     version = given.version or ""
+    target = TARGETS[given.kernel_module]
+    series = patches.load_series(root / "patches" / target / "series.yaml")
+    kernel = lock.version("kernel_source", recipe.kernel.package or "") or recipe.kernel.version
+    if kernel is not None:
+        nvbranches.check_kernel(version, kernel, given.kernel_module,
+                                patches.lifted(series, target, version))
     options: dict[str, Any] = {"version": version, "sha256": given.sha256,
                                "vgpu": recipe.vgpu is not None,
                                "flavour": str(given.kernel_module),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from katagpu import keys, nvbranches, nvoutcome, runfile
+from katagpu import keys, nvoutcome, runfile
 from katagpu.errors import StepError
 from katagpu.nvcauses import Kind
 from katagpu.run import run
@@ -44,8 +44,7 @@ def make_modules(build: Build) -> None:
         log=build.log)
     version = build.options["version"]
     try:
-        driver.compile_modules(build, copy, lambda release: nvbranches.check_kernel(
-            version, release, flavour))
+        driver.compile_modules(build, copy)
     except StepError:
         verdict = nvoutcome.judge(nvoutcome.Outcome(
             status=1, log=build.log.read_text(errors="replace"), said="", version=version,
