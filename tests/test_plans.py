@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -113,7 +113,7 @@ def test_every_plan_has_its_recipe() -> None:
 def test_a_driver_too_old_for_the_kernel_is_refused_before_anything_is_fetched() -> None:
     wanted = recipe.load("nvidia-reference", ROOT)
     newer = replace(wanted, kernel=replace(wanted.kernel, version="6.12.1"))
-    with pytest.raises(UserError, match=r"driver 510\.54 \(closed\) does not build for kernel 6\.12"):
+    with pytest.raises(UserError, match=r"510\.54 \(closed\) does not build for kernel 6\.12"):
         guest.stages(newer, Lock(recipe="newer", request="", groups={}), ROOT)
 
 

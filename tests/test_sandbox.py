@@ -668,11 +668,15 @@ ln -s ../../drivers/nouveau /sys/bus/pci/devices/0000:01:00.0/driver
 mkdir -p /sys/firmware/efi/efivars /sys/fs/selinux
 printf '\\006\\000\\000\\000\\001' > /sys/firmware/efi/efivars/SecureBoot-8be4df61
 echo 1 > /sys/fs/selinux/enforce
+mkdir /sys/repository
+mount --bind "$PWD" /sys/repository
 mount -t tmpfs host /tmp
+mkdir -p "$PWD"  # which may be below /tmp
+mount --bind /sys/repository "$PWD"
 echo $$ > /tmp/.X0-lock
-echo 'nvidia-uvm 9 0 - Live' > /tmp/x
+echo 'nvidia-uvm 9 0 - Live' > /sys/loaded
 for name in version modules sys/kernel/modprobe; do
-    if [ -e /proc/$name ]; then mount --bind /tmp/x /proc/$name; fi
+    if [ -e /proc/$name ]; then mount --bind /sys/loaded /proc/$name; fi
 done
 exec "$@"
 """
@@ -697,7 +701,6 @@ def test_nothing_of_a_host_with_a_driver_is_seen(base: Path, tmp_path: Path,
                                                  repository: Path) -> None:
     """Loaded modules, nouveau, an X server, Secure Boot, SELinux, a developer's variables."""
     del base
-    # /tmp is covered: what the host needs of it comes in by another name
     work = Path("/var/tmp") / tmp_path.name
     shutil.copytree(tmp_path / "base", work / "base", symlinks=True)
     try:
