@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import selectors
 import socket
 import threading
@@ -83,7 +84,10 @@ class Server:
             self._waker, self._woken = socket.socketpair()
             stack.enter_context(self._waker)
             stack.enter_context(self._woken)
-            self._thread = threading.Thread(target=self._run, daemon=True,
+            selector = stack.enter_context(selectors.DefaultSelector())
+            selector.register(self._listener, selectors.EVENT_READ)
+            selector.register(self._woken, selectors.EVENT_READ)
+            self._thread = threading.Thread(target=self._run, args=(selector,), daemon=True,
                                             name=f"vfio-user {self.path.name}")
             self._thread.start()
             self._stack = stack.pop_all()
@@ -102,17 +106,14 @@ class Server:
             self._thread = None
         self._stack.close()
 
-    def _run(self) -> None:
+    def _run(self, selector: selectors.BaseSelector) -> None:
         """The thread. Should it ever fail, the client still sees its connection end."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._woken, selectors.EVENT_READ)
-            try:
-                while self._turn(selector):
-                    pass
-            finally:
-                self._listener.close()
-                self._end(selector, "the server stopped")
+        try:
+            while self._turn(selector):
+                pass
+        finally:
+            self._listener.close()
+            self._end(selector, "the server stopped")
 
     def _turn(self, selector: selectors.BaseSelector) -> bool:
         """Wait, and do what is there to do. False when it is time to stop."""
@@ -129,9 +130,11 @@ class Server:
         """A new client: the only one, or turned away."""
         with contextlib.suppress(OSError):  # it is gone again
             sock, _ = self._listener.accept()
+            if self._client is not None and _is_gone(self._client[0].sock):
+                self._end(selector, "the client went")
             if self._client is not None:
-                sock.close()
                 self.trail.event("a second client was turned away")
+                sock.close()
                 return
             self._client = Stream(sock), Session(self.device, self.trail)
             selector.register(sock, selectors.EVENT_READ)
@@ -176,6 +179,14 @@ class Server:
             stream, session = self._client
             self._client = None
             selector.unregister(stream.sock)
-            stream.close()
-            session.close()
+            # All of it before the client sees the end.
             self.trail.event(why)
+            session.close()
+            stream.close()
+
+
+def _is_gone(sock: socket.socket) -> bool:
+    """The other end is closed, though messages of it may still wait here."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return bool(poll.poll(0))

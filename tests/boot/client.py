@@ -49,7 +49,8 @@ class Client:
         whole = struct.pack("=HHIII", self.ident, command,
                             16 + len(payload) if size is None else size, flags, 0) + payload
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        assert self.sock.sendmsg([whole], control) == len(whole)
+        if rest := whole[self.sock.sendmsg([whole], control):]:
+            self.sock.sendall(rest)
         return self.ident
 
     def reply(self) -> Reply:
