@@ -44,7 +44,8 @@ class Server:
 
     The function keeps its state when a client goes and another comes, as the specification asks.
     The socket exists, and accepts, from `__enter__` on. Raises `UserError` there where the path
-    is too long, taken, or cannot be made.
+    is too long, taken, or cannot be made. Stop it after QEMU: one whose function goes away exits
+    with "DMA mapping failed" when its guest's memory next changes.
     """
 
     def __init__(self, path: Path, function: Served) -> None:
