@@ -1,0 +1,1 @@
+"""What the boot check is made of: the guest's machine, and the functions plugged into it."""
