@@ -78,25 +78,28 @@ class Vsock:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         stream = Stream(local=0, port=port, ours=ours)
+        if not self._post(lambda: self._open(stream)):
+            ours.close()
+            theirs.close()
+            raise self.failure or StepError("the vsock device has ended")
         try:
-            self._post(lambda: self._open(stream))
             stream.answer.result(timeout)
         except BaseException as failure:
             theirs.close()
+            self._post(lambda: self._device.give_up(stream))
             if isinstance(failure, TimeoutError):
-                self._post(lambda: self._device.give_up(stream))
                 raise TimeoutError(f"the guest's vsock port {port} did not answer within "
                                    f"{timeout:.0f} s") from None
             raise
         return theirs
 
-    def _post(self, ask: Callable[[], None]) -> None:
-        """Have something done by the device's thread."""
+    def _post(self, ask: Callable[[], None]) -> bool:
+        """Have something done by the device's thread; false when that has ended."""
         with self._lock:
-            if self._ended:
-                raise StepError("the vsock device has ended")
-            self._asked.put(ask)
-            os.eventfd_write(self._wake, 1)
+            if not self._ended:
+                self._asked.put(ask)
+                os.eventfd_write(self._wake, 1)
+            return not self._ended
 
     def _open(self, stream: Stream) -> None:
         if self.failure is not None:
