@@ -1,1 +1,1 @@
-"""What the boot check is made of: the guest's machine, and the functions plugged into it."""
+"""The boot check: a finished guest in a virtual machine, with an emulated GPU."""
