@@ -70,7 +70,11 @@ class Apt:
             f"deb [arch={architecture} signed-by={archive.keyring}] {archive.uri} {suite} "
             f"{' '.join(archive.components)}\n"
             for archive in archives for suite in archive.suites)
-        self._write(self._sources, "")
+        # 990 is what a Default-Release has (apt_preferences(5)); backports alone have 100.
+        self._preferences = "".join(
+            f"Package: *\nPin: release n={suite}\nPin-Priority: 990\n\n"
+            for archive in archives if archive.preferred for suite in archive.suites)
+        self._write(self._sources, self._preferences)
 
     def _write(self, sources: str, preferences: str) -> None:
         with writing(self.directory):
@@ -96,7 +100,7 @@ class Apt:
                         for view in views)
         other._write(local, preferences)
         other.update(keep=True)
-        other._write(self._sources + local, preferences)
+        other._write(self._sources + local, self._preferences + preferences)
         return other
 
     def indexes(self) -> list[str]:
@@ -229,6 +233,8 @@ def _cure(said: str) -> str:
                "keyring, or name the repository's own key"
     if "is expired" in said or "not valid yet" in said:
         return "the archive's Release file is out of date: use another mirror, or mend the clock"
+    if "does not have a Release file" in said:
+        return "the mirror does not have this suite: name one that has it, or is the suite right?"
     if "Hash Sum mismatch" in said or "unexpected size" in said:
         return "the mirror is being updated, or something on the way alters files: try again later"
     return "is the network there? the host's apt configuration and proxies are used"

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from katagpu import artifacts, embed, guest, lock, log, receipt, recipe, request
 from katagpu.artifacts import Artifact, Outcome
+from katagpu.emulator import EmulatorLock
 from katagpu.errors import CorruptBlob, KatagpuError, UserError
 from katagpu.locks import Locks
 from katagpu.plan import Plan
 from katagpu.schema import Recipe, ToolkitSource
 from katagpu.stages import final, layers
-from katagpu.stages.api import Stage
+from katagpu.stages.api import Stage, unpacked_tree
 from katagpu.store import Store, default_root, writing
 
 DEFAULT = "debian-trixie"
@@ -90,7 +91,7 @@ class Context:
 
     def forget(self) -> None:
         """Read the lock anew from here on."""
-        for name in ("_locked", "plan", "outcome", "embedding"):
+        for name in ("_locked", "plan", "boot_plan", "outcome", "embedding"):
             self.__dict__.pop(name, None)
 
     @functools.cached_property
@@ -108,12 +109,61 @@ class Context:
         found = self.locked()
         if found is None:
             raise self.refused or UserError("this recipe is not resolved yet", hint="./doitw lock")
-        stages = guest.stages(self.recipe, found, self.root)
+        return self._planned(guest.stages(self.recipe, found, self.root))
+
+    def _planned(self, stages: Mapping[str, Stage]) -> Plan:
         for stage in stages.values():
             for path in stage.files.values():
                 self._marks.setdefault(str(path), receipt.mark(path))
         return Plan(stages, self.store, self.directory / "logs",
                     ccache=self.values.get("ccache", "1") != "0")
+
+    # what only boot tasks need
+
+    @functools.cached_property
+    def emulator_lock(self) -> EmulatorLock:
+        """The lock of QEMU of the pipeline's own: under out/, for all drivers of the recipe."""
+        return EmulatorLock(self.recipe, self.root, self.directory.parent)
+
+    @functools.cached_property
+    def boot_plan(self) -> Plan:
+        """The plan of boot tasks: the guest's stages and what boots them.
+
+        Raises `UserError` when the guest's lock is not made. QEMU's is not needed for it.
+        """
+        return self._planned({**self.plan.stages,
+                              **guest.boot_stages(self.emulator_lock.find())})
+
+    def lock_emulator(self, *, anew: bool) -> None:
+        """Resolve QEMU of the pipeline's own; unless `anew`, only where that is not done yet.
+
+        Raises `UserError` where the mirror does not have it.
+        """
+        self.store.prepare()
+        waiting = functools.partial(log.note, "lock: another run is resolving packages")
+        with self.store.lock("resolve", waiting), writing(self.emulator_lock.path.parent):
+            if anew or self.emulator_lock.find() is None:
+                with log.step("lock: resolve QEMU for boot checks"):
+                    self.emulator_lock.make(self.store.root / "apt")
+                self.__dict__.pop("boot_plan", None)
+
+    def renew_emulator(self) -> None:
+        """Resolve QEMU anew where it was resolved before; where that fails, say so and go on."""
+        if self.emulator_lock.path.exists():
+            try:
+                self.lock_emulator(anew=True)
+            except UserError as refusal:
+                log.warn(f"{self.emulator_lock} stays as it was: {refusal}")
+
+    def emulator(self) -> Path:
+        """The root with QEMU of the pipeline's own: resolved, fetched and made where it is not.
+
+        The caller holds the store's lease as long as it runs from there. Raises `UserError` where
+        it cannot be had.
+        """
+        self.lock_emulator(anew=False)
+        action = self.boot_plan.ensure("emulator")
+        return unpacked_tree(self.store, action.outputs["root"])
 
     @functools.cached_property
     def outcome(self) -> Outcome:

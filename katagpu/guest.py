@@ -58,6 +58,18 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
     return {stage.name: stage for stage in found}
 
 
+def boot_stages(emulator: Lock | None) -> dict[str, Stage]:
+    """The stages that only boot tasks have, beside the guest's.
+
+    `emulator` is the lock of the pipeline's own QEMU, None where it is not made.
+    """
+    found = [] if emulator is None else [
+        roots.root(emulator, "emulator", "root with QEMU, for boot checks")]
+    for stage in found:
+        keys.code(stage.module)
+    return {stage.name: stage for stage in found}
+
+
 def _driver(recipe: Recipe, lock: Lock, root: Path, chain: list[Ref]) -> list[Stage]:
     """The driver's stages, and daemons on it; `chain` are the layers below it, lowest first."""
     found: list[Stage] = []

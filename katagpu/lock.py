@@ -66,13 +66,15 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
 class Archive(msgspec.Struct, frozen=True, kw_only=True):
     """An apt archive: suites and components below one address, and the keyring that signs it.
 
-    A suite that ends in a slash is a flat archive's (sources.list(5)), without components.
+    A suite that ends in a slash is a flat archive's (sources.list(5)), without components. From
+    `preferred` suites packages come before those of the others, as with apt's Default-Release.
     """
 
     uri: str
     suites: tuple[str, ...]
     components: tuple[str, ...]
     keyring: str
+    preferred: bool = False
 
 
 class Repository(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -291,11 +292,16 @@ def request(recipe: Recipe, root: Path) -> Request:
     """
     found = {name: archives(distribution, root)
              for name, distribution in distributions(recipe).items()}
-    for archive in (archive for each in found.values() for archive in each):
+    must_have_keyrings(archive for each in found.values() for archive in each)
+    return Request(recipe=recipe.name, identity=identity(recipe, root), architecture=ARCHITECTURE,
+                   archives=found, groups=groups(recipe, root),
+                   repositories=repositories(recipe, root), digests=digests(recipe, root))
+
+
+def must_have_keyrings(wanted: Iterable[Archive]) -> None:
+    """Raises `UserError` when the host does not have the keyring of an archive."""
+    for archive in wanted:
         if not Path(archive.keyring).is_file():
             raise UserError(f"the keyring {archive.keyring} of {archive.uri} is not there", hint=(
                 "install the package that has it (debian-archive-keyring, ubuntu-keyring), or "
                 "name another one in the recipe"))
-    return Request(recipe=recipe.name, identity=identity(recipe, root), architecture=ARCHITECTURE,
-                   archives=found, groups=groups(recipe, root),
-                   repositories=repositories(recipe, root), digests=digests(recipe, root))

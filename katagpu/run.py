@@ -1,4 +1,4 @@
-"""The one function that runs programs.
+"""The functions that run programs: `run` to their end, `start` beside us.
 
 Children get a clean environment and a process group of their own, write to the step's log, and die
 with us: the parent-death signal belongs to the thread that forked (prctl(2), PR_SET_PDEATHSIG), so
@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -126,6 +127,11 @@ def _must_exist(program: str, cwd: Path | None, path: str) -> None:
                         hint="./doitw setup installs what the build host needs")
 
 
+def _guarded(words: Sequence[str]) -> list[str]:
+    return ["setpriv", "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _GUARD, str(os.getpid()),
+            *words]
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill a program with its group, and let go of its pipes."""
     with contextlib.suppress(ProcessLookupError):
@@ -170,8 +176,7 @@ def run(
         out: IO[bytes] | int = subprocess.PIPE if capture else sink
         errors: IO[bytes] | int = sink if log is not None else subprocess.PIPE
         process = _spawn(lambda: subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _GUARD, str(os.getpid()),
-             *words],
+            _guarded(words),
             stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
             stdout=out, stderr=errors, cwd=cwd, env=environment,
             start_new_session=True, pass_fds=pass_fds))
@@ -193,6 +198,78 @@ def run(
         said = tail(log) if log is not None else (stderr or b"").decode(errors="replace").strip()
         raise failure(words, process.returncode, said, log, again)
     return Result(status=process.returncode, stdout=stdout or b"", stderr=stderr or b"")
+
+
+class Running:
+    """A program that runs beside us, with its process group."""
+
+    def __init__(self, process: subprocess.Popen[bytes], argv: Sequence[str], log: Path) -> None:
+        self.pid = process.pid
+        self.argv = tuple(argv)
+        self.log = log
+        self._process = process
+        self._lock = threading.Lock()
+
+    def poll(self) -> int | None:
+        """The exit status (negative: signal), None while it runs."""
+        with self._lock:
+            if self._process.returncode is None and os.waitid(
+                    os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                self._reap()
+            return self._process.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status once it has ended; `timeout` in seconds. Raises `TookTooLong`."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if end is not None and time.monotonic() > end:
+                raise TookTooLong(f"{self.argv[0]} did not end within {timeout:.0f} s",
+                                  hint=f"its log: {self.log}")
+            time.sleep(0.02)
+        return status
+
+    def stop(self) -> None:
+        """Kill it with its group where it still runs. May be called again."""
+        with self._lock:
+            if self._process.returncode is None:
+                self._reap()
+
+    def _reap(self) -> None:
+        """Kill what is left of the group while its number is still ours, then let it go."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with _live_lock:
+            _live.discard(self.pid)
+        self._process.wait()
+
+
+def start(
+    argv: Sequence[str | Path],
+    *,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
+    terminal: bool = False,
+) -> Running:
+    """Start a program that runs beside us until it ends, is stopped, or we end.
+
+    It has what `run` gives a program: the clean environment with `env`, a process group of its own,
+    and the signal when we die. Output is appended to `log`; with `terminal` stdin and stdout are
+    ours, and stderr alone goes there. Raises `UserError` when the program is not there.
+    """
+    words = [str(word) for word in argv]
+    environment = {**CLEAN, **(env or {})}
+    _must_exist(words[0], cwd, environment["PATH"])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as sink:
+        sink.write(f"$ {shlex.join(words)}\n".encode())
+        sink.flush()
+        process = _spawn(lambda: subprocess.Popen(
+            _guarded(words), stdin=None if terminal else subprocess.DEVNULL,
+            stdout=None if terminal else sink, stderr=sink, cwd=cwd, env=environment,
+            start_new_session=True, pass_fds=pass_fds))
+    return Running(process, words, log)
 
 
 def failure(

@@ -133,6 +133,8 @@ class Guests:
         resolved.
         """
         first = self.contexts[0]
+        if anew:
+            first.renew_emulator()
         if not self.all:
             first.make_lock(anew=anew)
             return []

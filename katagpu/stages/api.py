@@ -75,6 +75,32 @@ class Stage:
         }
 
 
+def unpacked_tree(store: Store, output: Output) -> Path:
+    """A tree of the store as a directory that must not be written to (an overlay's lower one)."""
+    assert output.kind is Kind.TREE, output
+
+    def unpack(target: Path) -> None:
+        found = sandbox.unpack(store.sound(output.blob), target, overlay=True)
+        if found != output.identity:
+            store.drop(output.blob)
+            raise CorruptBlob(output.blob, f"the blob of another tree, {found}")
+
+    return _unpacked(store, f"tree{keys.MECHANISMS['tree']}-{output.identity}", unpack)
+
+
+def _unpacked(store: Store, name: str, unpack: Callable[[Path], None]) -> Path:
+    target = store.root / "unpacked" / name
+    if target.exists():
+        return target
+    with store.lock(f"unpack-{name}"):
+        if not target.exists():
+            with writing(store.root), store.staging("unpack", sandbox.remove) as scratch:
+                part = scratch / "part"
+                unpack(part)
+                part.rename(target)
+    return target
+
+
 def jobs() -> int:
     """How many compilers may run at once: the processors that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -111,30 +137,11 @@ class Build:
 
     def tree(self, name: str) -> Path:
         """A tree input as a directory that must not be written to (an overlay's lower one)."""
-        output = self.inputs[name]
-        assert output.kind is Kind.TREE, name
-
-        def unpack(target: Path) -> None:
-            found = sandbox.unpack(self.store.sound(output.blob), target, overlay=True)
-            if found != output.identity:
-                self.store.drop(output.blob)
-                raise CorruptBlob(output.blob, f"the blob of another tree, {found}")
-
-        return self.unpacked(f"tree{keys.MECHANISMS['tree']}-{output.identity}", unpack)
+        return unpacked_tree(self.store, self.inputs[name])
 
     def unpacked(self, name: str, unpack: Callable[[Path], None]) -> Path:
         """A disposable unpacked copy beside the store, made once by `unpack(target)`."""
-        target = self.store.root / "unpacked" / name
-        if target.exists():
-            return target
-        with self.store.lock(f"unpack-{name}"):
-            if not target.exists():
-                with (writing(self.store.root),
-                      self.store.staging("unpack", sandbox.remove) as scratch):
-                    part = scratch / "part"
-                    unpack(part)
-                    part.rename(target)
-        return target
+        return _unpacked(self.store, name, unpack)
 
     def debs(self, group: str) -> list[Path]:
         """The packages of a group as verified blobs, fetched where they are missing."""
