@@ -10,6 +10,7 @@ task_why = tasks.why
 task_diff = tasks.diff
 task_cache = tasks.cache
 task_test = tasks.test
+task_boot_check = tasks.boot_check
 task_bench = tasks.bench
 
 

@@ -31,6 +31,12 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
     link: str | None = None
 
 
+BOOT_CHECK = (
+    Artifact(stage="boot_check", output="report", name="boot-check.json"),
+    Artifact(stage="boot_check", output="junit", name="boot-check.xml"),
+    Artifact(stage="boot_check", output="log", name="boot-check.txt"))
+
+
 class Restored(msgspec.Struct, frozen=True, kw_only=True):
     """A restored file as it was left: the artifact's name, content, bytes, inode and time (ns)."""
 
@@ -88,6 +94,7 @@ def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
     return {
         "build_kernel": kernel, "build_headers": headers, "build_rootfs": report,
         "install_driver": (), "install_toolkit": (), "build_initrd": (*kernel, *initrd),
+        "boot_check": BOOT_CHECK,
         "build_image": (*kernel, *headers, *report, *image, *about),
     }[task]
 

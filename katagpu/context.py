@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from katagpu import artifacts, embed, guest, lock, log, receipt, recipe, request
 from katagpu.artifacts import Artifact, Outcome
@@ -18,6 +19,9 @@ from katagpu.schema import Recipe, ToolkitSource
 from katagpu.stages import final, layers
 from katagpu.stages.api import Stage, unpacked_tree
 from katagpu.store import Store, default_root, writing
+
+if TYPE_CHECKING:
+    from katagpu.boot.qemu import Qemu
 
 DEFAULT = "debian-trixie"
 PARAMETERS = ("recipe", "driver", "all", "json", "ccache")
@@ -91,7 +95,7 @@ class Context:
 
     def forget(self) -> None:
         """Read the lock anew from here on."""
-        for name in ("_locked", "plan", "boot_plan", "outcome", "embedding"):
+        for name in ("_locked", "plan", "boot_plan", "checking", "outcome", "embedding"):
             self.__dict__.pop(name, None)
 
     @functools.cached_property
@@ -131,8 +135,26 @@ class Context:
 
         Raises `UserError` when the guest's lock is not made. QEMU's is not needed for it.
         """
-        return self._planned({**self.plan.stages,
-                              **guest.boot_stages(self.emulator_lock.find())})
+        return self._boot_plan(lesser=False)
+
+    def _boot_plan(self, *, lesser: bool) -> Plan:
+        return self._planned({**self.plan.stages, **guest.boot_stages(
+            self.recipe, self.emulator_lock.find(), lambda: self.qemu, lesser=lesser)})
+
+    @functools.cached_property
+    def qemu(self) -> Qemu:
+        """The QEMU that boots guests here: the host's, or the pipeline's own, which is then made.
+
+        Raises `UserError` where there is none.
+        """
+        from katagpu.boot import qemu
+
+        return qemu.find(self.emulator)
+
+    @functools.cached_property
+    def checking(self) -> Plan:
+        """The plan of a boot check that has no result yet, for the QEMU that is there."""
+        return self.boot_plan if self.qemu.vfio_user else self._boot_plan(lesser=True)
 
     def lock_emulator(self, *, anew: bool) -> None:
         """Resolve QEMU of the pipeline's own; unless `anew`, only where that is not done yet.
@@ -164,6 +186,21 @@ class Context:
         self.lock_emulator(anew=False)
         action = self.boot_plan.ensure("emulator")
         return unpacked_tree(self.store, action.outputs["root"])
+
+    def check_boot(self) -> Sequence[Artifact]:
+        """Boot the guest and check it, unless that was done with these very bytes; the results.
+
+        Raises `StepError` for a guest that does not pass, `UserError` for what the host lacks.
+        """
+        wanted = artifacts.of(self.recipe, "boot_check")
+        self.store.prepare()
+        with self.store.lease():
+            plan = self.boot_plan
+            if plan.action("boot_check") is None:
+                plan = self.checking
+                plan.ensure("boot_check")
+            Outcome(self.directory, plan).restore(wanted)
+        return wanted
 
     @functools.cached_property
     def outcome(self) -> Outcome:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from katagpu import keys
 from katagpu.lock import Lock
@@ -24,6 +26,9 @@ from katagpu.stages import (
     toolkit,
 )
 from katagpu.stages.api import Ref, Stage
+
+if TYPE_CHECKING:
+    from katagpu.boot.qemu import Qemu
 
 
 def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
@@ -58,13 +63,18 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
     return {stage.name: stage for stage in found}
 
 
-def boot_stages(emulator: Lock | None) -> dict[str, Stage]:
+def boot_stages(recipe: Recipe, emulator: Lock | None, qemu: Callable[[], Qemu], *,
+                lesser: bool) -> dict[str, Stage]:
     """The stages that only boot tasks have, beside the guest's.
 
-    `emulator` is the lock of the pipeline's own QEMU, None where it is not made.
+    `emulator` is the lock of the pipeline's own QEMU, None where it is not made. `qemu` finds the
+    one that boots the guest; `lesser`: it has no vfio-user.
     """
-    found = [] if emulator is None else [
-        roots.root(emulator, "emulator", "root with QEMU, for boot checks")]
+    from katagpu.stages import boot
+
+    found = [boot.parts(recipe), boot.check(recipe, qemu, lesser=lesser)]
+    if emulator is not None:
+        found.append(roots.root(emulator, "emulator", "root with QEMU, for boot checks"))
     for stage in found:
         keys.code(stage.module)
     return {stage.name: stage for stage in found}

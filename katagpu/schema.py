@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from enum import IntEnum, StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -35,6 +35,11 @@ Mirror = Annotated[str, Meta(pattern=r"^(host|https?://\S+)\Z")]
 ServerAddress = Annotated[str, Meta(
     pattern=r"^[0-9A-Za-z][0-9A-Za-z.:-]*\Z", description="a host name or an IP address")]
 Port = Annotated[int, Meta(ge=1, le=65535)]
+DeviceId = Annotated[str, Meta(pattern=r"^[0-9a-f]{4}\Z", description="four hexadecimal digits")]
+Register = Annotated[str, Meta(
+    pattern=r"^[0-9a-f]{8}\Z", description="eight hexadecimal digits")]
+GuestMemory = Annotated[int, Meta(ge=1024, le=1048576)]
+BarSize = Literal[1, 2, 4, 8, 16, 32, 64, 128, 256]
 Minutes = Annotated[int, Meta(ge=10, le=10080)]
 
 
@@ -368,6 +373,20 @@ class Vgpu(Section, frozen=True, kw_only=True):
         "path of that token (`embed_token`)"))] = None
 
 
+class BootCheck(Section, frozen=True, kw_only=True):
+    """What `./doitw boot_check` boots the guest with (docs/boot.md)."""
+
+    device: Annotated[DeviceId, Meta(description=(
+        "PCI device id of the emulated GPU; `20b7`, `20b9` and `2335` are known by themselves"))
+    ] = "20b7"
+    boot0: Annotated[Register | None, Meta(description=(
+        "its register PMC_BOOT_0, for another id; `ffffffff`: a GPU that does not answer"))] = None
+    boot42: Annotated[Register | None, Meta(description=(
+        "its register PMC_BOOT_42, for another id"))] = None
+    bar1_gib: Annotated[BarSize, Meta(description="its large BAR, in GiB")] = 32
+    memory: Annotated[GuestMemory, Meta(description="memory of each machine, in MiB")] = 2048
+
+
 class Recipe(Section, frozen=True, kw_only=True):
     """A guest."""
 
@@ -395,3 +414,4 @@ class Recipe(Section, frozen=True, kw_only=True):
     vgpu: Annotated[Vgpu | None, Meta(description=(
         "the driver is a GRID guest driver for vGPUs; without it the guest has no licence client"))
     ] = None
+    boot_check: BootCheck = BootCheck()

@@ -208,6 +208,21 @@ def build(name: str, doc: str) -> Task:
             "task_dep": list(hidden), "meta": {"summary": summary}}
 
 
+def boot_check() -> Task:
+    """Boot what was built, and check it."""
+
+    def check() -> None:
+        for context in _guests().contexts:
+            for artifact in context.check_boot():
+                path = context.directory / artifact.name
+                if path.suffix == ".txt":
+                    log.say(path.read_text().rstrip())
+                    log.say(f"boot_check: passed; {os.path.relpath(path.with_suffix('.xml'))}")
+
+    return plain(check, "boot the guest in a virtual machine with an emulated GPU, and check it",
+                 task_dep=[DEFAULT])
+
+
 def setup() -> Task:
     """The host's packages."""
     from katagpu import hostsetup

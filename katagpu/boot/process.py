@@ -106,16 +106,17 @@ class Process:
 
 @contextlib.contextmanager
 def running(qemu: Qemu, arguments: Sequence[str], *, monitor: Path, log: Path,
-            terminal: bool = False) -> Iterator[Process]:
+            terminal: bool = False, descriptors: Sequence[int] = ()) -> Iterator[Process]:
     """QEMU with these arguments, ended however the block is left.
 
     `monitor` is the path of its socket: `-qmp unix:PATH,server=on,wait=off` is added. Its output is
-    appended to `log`; with `terminal` its stdin and stdout are ours.
+    appended to `log`; with `terminal` its stdin and stdout are ours. `descriptors` stay
+    open in it.
     """
     with contextlib.suppress(OSError):
         monitor.unlink(missing_ok=True)  # of a run that was killed
     begun = start([*qemu.argv, *arguments, "-qmp", f"unix:{monitor},server=on,wait=off"],
-                  env=qemu.env, log=log, terminal=terminal)
+                  env=qemu.env, log=log, terminal=terminal, pass_fds=descriptors)
     process = Process(begun, monitor)
     try:
         yield process

@@ -299,13 +299,11 @@ def listen(path: str) -> socket.socket:
     return listener
 
 
-def arguments(path: str, device: str, memory: int) -> Sequence[str]:
-    """QEMU's arguments for a vhost-user device at a socket, and for shared memory (in bytes).
+def arguments(path: str, device: str) -> Sequence[str]:
+    """QEMU's arguments for a vhost-user device at a socket.
 
-    `-m` must ask for the same size. Several `-machine` options add up.
+    The guest's memory must be shared: `-object memory-backend-memfd,share=on`.
     """
     quoted = path.replace(",", ",,")
-    return ("-object", f"memory-backend-memfd,id=ram,size={memory},share=on",
-            "-machine", "memory-backend=ram",
-            "-chardev", f"socket,id={device},path={quoted}",
+    return ("-chardev", f"socket,id={device},path={quoted}",
             "-device", f"{device},chardev={device}")

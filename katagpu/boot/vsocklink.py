@@ -69,8 +69,8 @@ class Link:
 
 
 @contextlib.contextmanager
-def link(directory: Path, memory: int, *, device: Path = KERNEL_DEVICE) -> Iterator[Link]:
-    """A way to a guest with `memory` bytes, which must be what `-m` says.
+def link(directory: Path, *, device: Path = KERNEL_DEVICE) -> Iterator[Link]:
+    """A way to a guest, whose memory must be shared (`vhostuser.arguments`).
 
     A socket is made in `directory` where the host's kernel is of no use. QEMU must be started and
     have ended inside. Raises `UserError` when there can be no socket.
@@ -83,7 +83,7 @@ def link(directory: Path, memory: int, *, device: Path = KERNEL_DEVICE) -> Itera
     if reserved is None:
         with Vsock(directory / "vsock", USER_CID) as vsock:
             yield Link(how=f"vhost-user device ({why})", cid=USER_CID, descriptors=(),
-                       arguments=vhostuser.arguments(str(vsock.path), DEVICE, memory),
+                       arguments=vhostuser.arguments(str(vsock.path), DEVICE),
                        attempt=vsock.connect)
         return
     descriptor, cid = reserved

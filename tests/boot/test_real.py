@@ -67,12 +67,14 @@ def initrd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def guest(initrd: Path, tmp_path: Path) -> Iterator[Guest]:
     assert QEMU is not None and KERNEL is not None
     serial = tmp_path / "serial"
-    with vsocklink.link(tmp_path, MEMORY) as link:
+    with vsocklink.link(tmp_path) as link:
         machine = subprocess.Popen(
             [*shlex.split(QEMU), "-nodefaults", "-no-user-config", "-display", "none", "-M", "q35",
              "-accel", "tcg", "-cpu", "max", "-m", f"{MEMORY}b", "-kernel", KERNEL,
              "-initrd", initrd, "-append", "console=ttyS0 panic=-1", "-no-reboot",
-             "-serial", f"file:{serial}", *link.arguments], pass_fds=link.descriptors)
+             "-serial", f"file:{serial}",
+             "-object", f"memory-backend-memfd,id=ram,size={MEMORY},share=on",
+             "-machine", "memory-backend=ram", *link.arguments], pass_fds=link.descriptors)
         try:
             yield Guest(link=link, machine=machine, serial=serial)
         finally:

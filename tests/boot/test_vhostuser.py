@@ -191,8 +191,6 @@ def test_a_path_that_is_too_long(tmp_path: Path) -> None:
 
 
 def test_the_arguments() -> None:
-    assert vhostuser.arguments("/a,b", "vhost-user-vsock-pci", 1 << 30) == (
-        "-object", "memory-backend-memfd,id=ram,size=1073741824,share=on",
-        "-machine", "memory-backend=ram",
+    assert vhostuser.arguments("/a,b", "vhost-user-vsock-pci") == (
         "-chardev", "socket,id=vhost-user-vsock-pci,path=/a,,b",
         "-device", "vhost-user-vsock-pci,chardev=vhost-user-vsock-pci")

@@ -20,7 +20,7 @@ from .frontend import FrontEnd
 
 
 def test_without_the_device_it_is_ours(tmp_path: Path) -> None:
-    with vsocklink.link(tmp_path, 1 << 30, device=tmp_path / "none") as link:
+    with vsocklink.link(tmp_path, device=tmp_path / "none") as link:
         assert "vhost-user" in link.how and "No such file" in link.how
         assert link.cid == vsocklink.USER_CID
         assert f"socket,id=vhost-user-vsock-pci,path={tmp_path}/vsock" in link.arguments
@@ -31,14 +31,14 @@ def test_without_the_device_it_is_ours(tmp_path: Path) -> None:
 
 def test_a_device_that_does_not_work_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "device").touch()
-    with vsocklink.link(tmp_path, 1 << 30, device=tmp_path / "device") as link:
+    with vsocklink.link(tmp_path, device=tmp_path / "device") as link:
         assert "Inappropriate ioctl" in link.how
         assert not link.descriptors
 
 
 @pytest.mark.skipif(not vsocklink.KERNEL_DEVICE.exists(), reason="needs /dev/vhost-vsock")
 def test_the_kernels_device_is_taken_and_two_guests_differ(tmp_path: Path) -> None:
-    with vsocklink.link(tmp_path, 1 << 30) as one, vsocklink.link(tmp_path, 1 << 30) as two:
+    with vsocklink.link(tmp_path) as one, vsocklink.link(tmp_path) as two:
         assert one.cid != two.cid
         assert one.arguments[1] == f"vhost-vsock-pci,guest-cid={one.cid},vhostfd=" \
                                    f"{one.descriptors[0]}"
@@ -83,7 +83,7 @@ def test_a_random_context_id_is_a_guests(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_connecting_goes_on_until_somebody_listens(tmp_path: Path) -> None:
-    with vsocklink.link(tmp_path, 1 << 30, device=tmp_path / "none") as link, \
+    with vsocklink.link(tmp_path, device=tmp_path / "none") as link, \
             contextlib.closing(FrontEnd(tmp_path / "vsock", cid=link.cid)) as front:
         front.start()
 
@@ -99,13 +99,13 @@ def test_connecting_goes_on_until_somebody_listens(tmp_path: Path) -> None:
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
-    with vsocklink.link(tmp_path, 1 << 30, device=tmp_path / "none") as link, \
+    with vsocklink.link(tmp_path, device=tmp_path / "none") as link, \
             pytest.raises(TookTooLong, match=r"port 1024 .*did not answer"):
         link.connect(1024, timeout=0.2)
 
 
 def test_a_broken_device_is_not_tried_again(tmp_path: Path) -> None:
-    with vsocklink.link(tmp_path, 1 << 30, device=tmp_path / "none") as link, \
+    with vsocklink.link(tmp_path, device=tmp_path / "none") as link, \
             contextlib.closing(FrontEnd(tmp_path / "vsock", cid=link.cid)) as front:
         front.tell(99)
         assert front.ended()

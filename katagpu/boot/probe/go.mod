@@ -1,0 +1,3 @@
+module katagpu/probe
+
+go 1.22

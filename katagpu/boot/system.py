@@ -1,0 +1,193 @@
+"""Checks of the booted system: kernel, root, init, libraries, log."""
+
+from __future__ import annotations
+
+import re
+
+from katagpu import kconfig
+from katagpu.boot.channel import Line
+from katagpu.boot.facts import Failed, Skipped
+from katagpu.boot.session import Session
+
+TARGET = "kata-containers.target"
+# What a kernel says when something is broken in it (kernel/panic.c, lib/bug.c, kernel/module).
+TROUBLE = re.compile(
+    r"\bOops\b|\bBUG:|\bWARNING: |Kernel panic|general protection fault|Call Trace|"
+    r"Unknown symbol|disagrees about version of symbol|version magic|Invalid relocation|"
+    r"invalid module format|Key was rejected|soft lockup|rcu_\w+ detected stalls|"
+    r"hung_task|blocked for more than|Out of memory|segfault at|I/O error|"
+    r"metadata block \d+ is corrupted|EROFS-fs error|EXT4-fs error")
+# Units that cannot work with a GPU that has no firmware of its own.
+NEED_A_GPU = {"nvidia-persistenced.service", "nvidia-cdi.service", "nvidia-dcgm.service",
+              "nvidia-fabricmanager.service", "nvidia-gridd.service", "nvidia-topologyd.service"}
+NO_MATCH = "the image and the kernel are not of one build"
+REBUILD = "./doitw build_image, and install all of its files together"
+
+
+def ready(session: Session) -> list[str]:
+    """The guest boots, and its init reaches Kata's target."""
+    guest = session.guest
+    if session.facts.agent_is_init:
+        guest.wait_ready(session.patience)
+        words = guest.text("/proc/1/cmdline").replace("\0", " ").strip()
+        return [f"init: {words}", f"up after {session.uptime():.1f} s"]
+
+    def reached() -> bool:
+        return guest.run(["systemctl", "is-active", TARGET]).stdout.strip() == "active"
+
+    if not guest.until(reached, session.patience):
+        jobs = guest.run(["systemctl", "list-jobs", "--no-legend"]).said
+        raise Failed(f"{TARGET} was not reached within {session.patience:.0f} s", jobs,
+                     cause="a unit waits for something that this guest does not have",
+                     cure="look at the waiting jobs above; mask the unit (rootfs/layout.yaml) or "
+                          "add what it needs")
+    session.note_ready()
+    return [f"{TARGET} reached {session.ready_at:.1f} s after the kernel's start"]
+
+
+def release(session: Session) -> list[str]:
+    """The running kernel has the release that modules and headers were made for."""
+    found = session.guest.run(["uname", "-r"]).stdout.strip()
+    if found != session.facts.release:
+        raise Failed(f"the kernel is {found}, the build's is {session.facts.release}",
+                     cause=NO_MATCH, cure=REBUILD)
+    return [found]
+
+
+def build_id(session: Session) -> list[str]:
+    """The running kernel is the very one of this build, by its build id."""
+    if session.facts.build_id is None:
+        raise Skipped("this kernel has no build id")
+    data = session.guest.read("/sys/kernel/notes")
+    if bytes.fromhex(session.facts.build_id) not in data:
+        raise Failed("the running kernel has another build id", [f"expected: "
+                     f"{session.facts.build_id}"], cause="a kernel of the same release, but of "
+                     "another configuration or build", cure=REBUILD)
+    return [session.facts.build_id]
+
+
+def config(session: Session) -> list[str]:
+    """The kernel's own record of its configuration is the build's."""
+    if not session.guest.exists("/proc/config.gz"):
+        raise Skipped("this kernel does not show its configuration (IKCONFIG_PROC)")
+    import gzip
+
+    shown = session.directory / "config"
+    shown.write_bytes(gzip.decompress(session.guest.read("/proc/config.gz")))
+    running = kconfig.read_config(shown)
+    built = kconfig.read_config(session.facts.config)
+    differs = sorted(name for name in {*running, *built}
+                     if running.get(name) != built.get(name))
+    if differs:
+        raise Failed(f"{len(differs)} symbols of /proc/config.gz differ from the build's", [
+            f"{name}: {running.get(name)} running, {built.get(name)} built" for name in differs],
+            cause="a kernel of another configuration", cure=REBUILD)
+    return [f"{len(built)} symbols, all equal"]
+
+
+def root(session: Session) -> list[str]:
+    """The root is read-only, and of the file system that was packed."""
+    if session.facts.root_format == "initrd":
+        raise Skipped("an initrd is its own root")
+    rows = [line.split() for line in session.guest.text("/proc/self/mountinfo").splitlines()]
+    row = next(row for row in rows if row[4] == "/")
+    tail = row[row.index("-") + 1:]
+    if tail[0] != session.facts.root_format or "ro" not in tail[2].split(","):
+        raise Failed("the root is not mounted as it should be", [" ".join(row)],
+                     cause="rootfs_type or the root flags of the Kata drop-in do not fit the image",
+                     cure="./doitw build_image makes image and drop-in together")
+    return [" ".join(row)]
+
+
+def verity(session: Session) -> list[str]:
+    """What has a hash tree is mounted through it."""
+    if not session.facts.verity:
+        raise Skipped("neither the image nor a disk of the driver has a hash tree here")
+    guest = session.guest
+    names = guest.shell("cat /sys/block/dm-*/dm/name /sys/block/dm-*/dm/uuid").said
+    status = guest.shell("for dm in /sys/block/dm-*; do echo $dm $(cat $dm/ro); done").said
+    if not any("VERITY" in line for line in names) or not all(
+            line.endswith(" 1") for line in status):
+        raise Failed("no device of dm-verity is in use", [*names, *status, *session.tail()],
+                     cause="the guest mounts the disk without its hash tree, or the kernel lacks "
+                           "DM_VERITY", cure="kernel-configs: keep DM_VERITY and DM_INIT; the Kata "
+                           "drop-in must carry the verity parameters")
+    return [*names, *status]
+
+
+def extension(session: Session) -> list[str]:
+    """The driver's disk is mounted where the guest's units and the agent look for it."""
+    place = session.facts.extension
+    if place is None:
+        raise Skipped("the driver is in the image, not on a disk of its own")
+    rows = [line for line in session.guest.text("/proc/self/mountinfo").splitlines()
+            if line.split()[4] == place]
+    if not rows:
+        unit = session.guest.run(["journalctl", "--no-pager", "--quiet", "-o", "cat", "-n", "10",
+                                  "-u", "kata-extension-mount@gpu.service"]).said
+        raise Failed(f"nothing is mounted on {place}", [*unit, *session.tail()],
+                     cause="the disk has another serial than extension-gpu, or its hash tree and "
+                           "the parameters of the drop-in do not fit",
+                     cure="install the drop-in and the disk of one build")
+    return rows
+
+
+def units(session: Session) -> list[str]:
+    """No unit failed, but those that need a GPU that works."""
+    if session.facts.agent_is_init:
+        raise Skipped("the agent is init")
+    guest = session.guest
+    found = guest.run(["systemctl", "--failed", "--no-legend", "--plain"]).stdout.splitlines()
+    failed = [line.split()[0] for line in found if line.split()]
+    wrong = [name for name in failed if name not in NEED_A_GPU]
+    if wrong:
+        lines = [line for name in wrong for line in guest.run(
+            ["journalctl", "--no-pager", "--quiet", "-o", "cat", "-n", "6", "-u", name]).said]
+        raise Failed(f"failed: {', '.join(wrong)}", lines,
+                     cause="the unit's program or what it needs is not in this guest",
+                     cure="mask the unit in rootfs/layout.yaml, or add what it needs")
+    return [f"failed, as expected without a real GPU: {', '.join(failed)}" if failed
+            else "no unit failed"]
+
+
+def libraries(session: Session) -> list[str]:
+    """Every program and shared library of the guest finds all that it is linked to."""
+    place = session.facts.extension
+    env = f"LD_LIBRARY_PATH={place}/usr/lib/x86_64-linux-gnu " if place else ""
+    script = (
+        f"find / {place or ''} -xdev -type f \\( -name '*.so*' -o -perm -100 \\) | "
+        "{ count=0; while read -r file; do "
+        f"said=$({env}/lib64/ld-linux-x86-64.so.2 --list \"$file\" 2>&1) && "
+        "count=$((count + 1)); "
+        "case $said in *'not found'*) echo \"$file: $said\" | grep -E '^/|not found';; esac; "
+        "done; echo count $count; }")
+    found = session.guest.shell(script, timeout=120).stdout.splitlines()
+    count = next((line for line in found if line.startswith("count ")), "count 0")
+    wrong = [line.strip() for line in found if "not found" in line]
+    if wrong:
+        raise Failed(f"{len(wrong)} libraries are not found by the guest's own loader", found[:-1],
+                     cause="a package or a file of the driver is missing, or ld.so.cache is old",
+                     cure="add the package that has the library to rootfs.packages, or the "
+                          "capability to driver.capabilities")
+    if int(count.split()[1]) == 0:
+        raise Failed("no program of the guest could be looked at", found[:5],
+                     cause="the guest's dynamic loader does not run", cure=REBUILD)
+    return [f"{count.split()[1]} programs and libraries, all resolved"]
+
+
+def kernel_log(session: Session) -> list[str]:
+    """The kernel's log has no oops, no warning, no unknown symbol."""
+    found = [line for line in session.guest.lines() if line.kernel and TROUBLE.search(line.text)]
+    if found:
+        raise Failed(f"{len(found)} lines of trouble in the kernel's log",
+                     _around(session.guest.lines(), found[0]),
+                     cause="see the first line; modules of another kernel give 'Unknown symbol', a "
+                           "damaged image I/O or file system errors",
+                     cure="build kernel, modules and image of one recipe; if it is the kernel's "
+                          "own fault, another version of it")
+    return [f"{len(session.guest.lines())} lines"]
+
+
+def _around(lines: list[Line], first: Line) -> list[Line]:
+    at = lines.index(first)
+    return lines[max(0, at - 1):at + 10]
