@@ -6,7 +6,7 @@ NVIDIA's open kernel modules (src/common/inc/swref/published/nv_ref.h).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 from katagpu.boot.pcifunction import GIB, MIB, Bar, Device, Function, MsixTable
@@ -17,7 +17,7 @@ CLASS_3D = 0x030200
 PMC_BOOT_0, PMC_BOOT_42 = 0x0, 0xA00
 MSIX = MsixTable(vectors=6, bar=0, table=0xB90000, pending=0xBA0000)
 ALL_ONES = 0xFFFFFFFF
-"""PMC_BOOT_0 of a GPU that has fallen off the bus: no read reaches it."""
+"""What a register of a GPU reads that no read reaches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +85,9 @@ names in its nv-kernel.o_binary.
 class Gpu:
     """A GPU to serve. `bar1`: bytes of its large BAR, a power of two up to 256 GiB.
 
-    A device that is not in `KNOWN` needs `boot0` and `boot42`. With `boot0=ALL_ONES` the driver
-    must say that the GPU has fallen off the bus. `msix` adds the MSI-X capability, for a GPU that
-    is never unplugged: QEMU 11.1 aborts at device_del of a vfio-user function that has it
-    (vfio_user_instance_finalize removes the pending bits from a BAR that is gone by then).
+    A device that is not in `KNOWN` needs `boot0` and `boot42`. `msix` adds the MSI-X capability,
+    for a GPU that is never unplugged: QEMU 11.1.3 aborts at device_del of a vfio-user function that
+    has it (vfio_user_instance_finalize takes the pending bits out of a BAR that is gone by then).
     """
 
     device: int = 0x20B7
@@ -132,6 +131,15 @@ class Gpu:
     def power_on(self) -> Device:
         """The function at work."""
         return Device(self.function)
+
+
+def fallen_off(gpu: Gpu) -> Gpu:
+    """The GPU as a device that a check must refuse: the driver says "fallen off the bus".
+
+    Both boot registers read all ones. With PMC_BOOT_0 alone the open 550.163.01 driver binds and
+    names the model all the same; the closed one does not.
+    """
+    return replace(gpu, boot0=ALL_ONES, boot42=ALL_ONES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from katagpu.boot.gpu import (
     Chip,
     Gpu,
     RootPort,
+    fallen_off,
     physical_bits,
     root_port,
 )
@@ -58,6 +59,9 @@ def test_another_device_needs_its_registers() -> None:
 
 
 def test_a_gpu_that_has_fallen_off_the_bus() -> None:
+    dead = fallen_off(Gpu(bar1=GIB))
+    assert boot(dead) == (0xFFFFFFFF, 0xFFFFFFFF)
+    assert dead.bar1 == GIB and dead.function.device == 0x20B7, "its config space is whole"
     assert boot(Gpu(boot0=ALL_ONES)) == (0xFFFFFFFF, 0x170A1000)
     assert boot(Gpu(boot0=0))[0] == 0, "nought is a value, too"
 

@@ -117,6 +117,10 @@ def test_eventfds_are_kept_until_they_are_taken_back(client: Client) -> None:
     with eventfds(6) as made:
         assert client.set_irqs(EVENTFD_TRIGGER, MSIX, 0, 6, fds=made).error is None
     assert open_fds() == before + 6
+    kept = [entry.name for entry in Path("/proc/self/fd").iterdir()
+            if "eventfd" in os.path.realpath(entry)]
+    assert len(kept) == 6
+    assert not any(os.get_inheritable(int(name)) for name in kept), "no child gets them"
     with eventfds(2) as made:
         assert client.set_irqs(EVENTFD_TRIGGER, MSIX, 1, 2, fds=made).error is None
     assert open_fds() == before + 6, "the replaced ones are closed"
