@@ -152,6 +152,7 @@ def test_memory_may_be_replaced_under_running_rings(
     front: FrontEnd, connecting: Connecting,
 ) -> None:
     front.start()
+    front.move_rings()
     other = (BUFFERS[0], BUFFERS[1] + (1 << 32), BUFFERS[2], BUFFERS[3])
     assert front.set_memory((RINGS, other)) == 0
     connecting()

@@ -402,6 +402,7 @@ def test_data_before_a_close_outlast_a_slow_reader(
     for at in range(0, ROOM, 32768):
         front.answer(request, Op.RW, sent[at:at + 32768])
     front.answer(request, Op.SHUTDOWN, flags=BOTH)
+    front.wait_sent()
     got = b""
     while part := program.recv(65536):
         got += part
@@ -417,6 +418,7 @@ def test_the_guest_resets(
     for at in range(0, size, 32768):
         front.answer(request, Op.RW, sent[at:at + 32768])
     front.answer(request, Op.RST)
+    front.wait_sent()
     got = b""
     while part := program.recv(65536):
         got += part
@@ -486,8 +488,9 @@ OUTSIDE = BUFFERS[0] + BUFFERS[3]
 def broken(front: FrontEnd, how: str) -> None:
     """Offer the device something that it must not follow, on the ring that it reads."""
     _, address = front.allocate(4096)
-    header = Header(source=CID, target=HOST, source_port=1, target_port=2, op=Op.RW, length=9)
-    front.buffers[BUFFERS[2]:BUFFERS[2] + 44] = header.pack()
+    header = Header(source=CID, target=HOST, source_port=1, target_port=2, op=Op.RST)
+    place = BUFFERS[2] + address - BUFFERS[0]
+    front.buffers[place:place + 44] = header.pack()
     entries: dict[str, list[tuple[int, int, int, int]]] = {
         "outside of memory": [(OUTSIDE, 44, 0, 0)],
         "across the end": [(OUTSIDE - 40, 44, 0, 0)],
@@ -501,6 +504,7 @@ def broken(front: FrontEnd, how: str) -> None:
         "writable first": [(address, 44, 1 | 2, 1), (address, 44, 0, 0)],
         "no header": [(address, 43, 0, 0)],
         "a writable header": [(address, 44, 2, 0)],
+        "more buffers than the ring has": [(address, 44, 0, 0)],
     }
     for at, (where, length, flags, following) in enumerate(entries.get(how, [])):
         front.describe(1, at, where, length, flags, following)
@@ -566,8 +570,8 @@ def test_a_buffer_that_holds_a_header_and_no_data(
     request, _ = front.receive(repost=False)
     front.answer(request, Op.RESPONSE)
     program = answer.result(5)
-    front.post(1, size=44)
     program.sendall(b"x")
+    front.post(1, size=44)
     with pytest.raises(ConnectionResetError):  # its data were not read
         program.recv(1)
     assert os.eventfd_read(front.errors[0]) == 1
