@@ -11,6 +11,7 @@ task_diff = tasks.diff
 task_cache = tasks.cache
 task_test = tasks.test
 task_boot_check = tasks.boot_check
+task_boot_shell = tasks.boot_shell
 task_bench = tasks.bench
 
 

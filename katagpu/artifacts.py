@@ -35,6 +35,8 @@ BOOT_CHECK = (
     Artifact(stage="boot_check", output="report", name="boot-check.json"),
     Artifact(stage="boot_check", output="junit", name="boot-check.xml"),
     Artifact(stage="boot_check", output="log", name="boot-check.txt"))
+CHECKED = Artifact(stage="checked_manifest", output="manifest", name="manifest.json")
+"""The manifest once the guest has passed its boot check."""
 
 
 class Restored(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +96,7 @@ def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
     return {
         "build_kernel": kernel, "build_headers": headers, "build_rootfs": report,
         "install_driver": (), "install_toolkit": (), "build_initrd": (*kernel, *initrd),
-        "boot_check": BOOT_CHECK,
+        "boot_check": (*BOOT_CHECK, CHECKED),
         "build_image": (*kernel, *headers, *report, *image, *about),
     }[task]
 

@@ -14,7 +14,7 @@ from typing import Any
 from katagpu.filelist import Entry, Kind
 from katagpu.finished import Finished
 
-LISTED_APART = ("schema", "packages", "parts", "checks")
+LISTED_APART = ("schema", "packages", "parts", "checks", "boot_check")
 """Fields of the manifest that are not among the facts."""
 
 

@@ -7,21 +7,17 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from katagpu import artifacts, embed, guest, lock, log, receipt, recipe, request
 from katagpu.artifacts import Artifact, Outcome
-from katagpu.emulator import EmulatorLock
+from katagpu.booting import Booting
 from katagpu.errors import CorruptBlob, KatagpuError, UserError
 from katagpu.locks import Locks
 from katagpu.plan import Plan
 from katagpu.schema import Recipe, ToolkitSource
 from katagpu.stages import final, layers
-from katagpu.stages.api import Stage, unpacked_tree
+from katagpu.stages.api import Stage
 from katagpu.store import Store, default_root, writing
-
-if TYPE_CHECKING:
-    from katagpu.boot.qemu import Qemu
 
 DEFAULT = "debian-trixie"
 PARAMETERS = ("recipe", "driver", "all", "json", "ccache")
@@ -95,7 +91,7 @@ class Context:
 
     def forget(self) -> None:
         """Read the lock anew from here on."""
-        for name in ("_locked", "plan", "boot_plan", "checking", "outcome", "embedding"):
+        for name in ("_locked", "plan", "booting", "outcome", "embedding"):
             self.__dict__.pop(name, None)
 
     @functools.cached_property
@@ -113,99 +109,25 @@ class Context:
         found = self.locked()
         if found is None:
             raise self.refused or UserError("this recipe is not resolved yet", hint="./doitw lock")
-        return self._planned(guest.stages(self.recipe, found, self.root))
+        return self.planned(guest.stages(self.recipe, found, self.root))
 
-    def _planned(self, stages: Mapping[str, Stage]) -> Plan:
+    def planned(self, stages: Mapping[str, Stage]) -> Plan:
+        """A plan of these stages; the files that they name count as read."""
         for stage in stages.values():
             for path in stage.files.values():
                 self._marks.setdefault(str(path), receipt.mark(path))
         return Plan(stages, self.store, self.directory / "logs",
                     ccache=self.values.get("ccache", "1") != "0")
 
-    # what only boot tasks need
-
     @functools.cached_property
-    def emulator_lock(self) -> EmulatorLock:
-        """The lock of QEMU of the pipeline's own: under out/, for all drivers of the recipe."""
-        return EmulatorLock(self.recipe, self.root, self.directory.parent)
-
-    @functools.cached_property
-    def boot_plan(self) -> Plan:
-        """The plan of boot tasks: the guest's stages and what boots them.
-
-        Raises `UserError` when the guest's lock is not made. QEMU's is not needed for it.
-        """
-        return self._boot_plan(lesser=False)
-
-    def _boot_plan(self, *, lesser: bool) -> Plan:
-        return self._planned({**self.plan.stages, **guest.boot_stages(
-            self.recipe, self.emulator_lock.find(), lambda: self.qemu, lesser=lesser)})
-
-    @functools.cached_property
-    def qemu(self) -> Qemu:
-        """The QEMU that boots guests here: the host's, or the pipeline's own, which is then made.
-
-        Raises `UserError` where there is none.
-        """
-        from katagpu.boot import qemu
-
-        return qemu.find(self.emulator)
-
-    @functools.cached_property
-    def checking(self) -> Plan:
-        """The plan of a boot check that has no result yet, for the QEMU that is there."""
-        return self.boot_plan if self.qemu.vfio_user else self._boot_plan(lesser=True)
-
-    def lock_emulator(self, *, anew: bool) -> None:
-        """Resolve QEMU of the pipeline's own; unless `anew`, only where that is not done yet.
-
-        Raises `UserError` where the mirror does not have it.
-        """
-        self.store.prepare()
-        waiting = functools.partial(log.note, "lock: another run is resolving packages")
-        with self.store.lock("resolve", waiting), writing(self.emulator_lock.path.parent):
-            if anew or self.emulator_lock.find() is None:
-                with log.step("lock: resolve QEMU for boot checks"):
-                    self.emulator_lock.make(self.store.root / "apt")
-                self.__dict__.pop("boot_plan", None)
-
-    def renew_emulator(self) -> None:
-        """Resolve QEMU anew where it was resolved before; where that fails, say so and go on."""
-        if self.emulator_lock.path.exists():
-            try:
-                self.lock_emulator(anew=True)
-            except UserError as refusal:
-                log.warn(f"{self.emulator_lock} stays as it was: {refusal}")
-
-    def emulator(self) -> Path:
-        """The root with QEMU of the pipeline's own: resolved, fetched and made where it is not.
-
-        The caller holds the store's lease as long as it runs from there. Raises `UserError` where
-        it cannot be had.
-        """
-        self.lock_emulator(anew=False)
-        action = self.boot_plan.ensure("emulator")
-        return unpacked_tree(self.store, action.outputs["root"])
-
-    def check_boot(self) -> Sequence[Artifact]:
-        """Boot the guest and check it, unless that was done with these very bytes; the results.
-
-        Raises `StepError` for a guest that does not pass, `UserError` for what the host lacks.
-        """
-        wanted = artifacts.of(self.recipe, "boot_check")
-        self.store.prepare()
-        with self.store.lease():
-            plan = self.boot_plan
-            if plan.action("boot_check") is None:
-                plan = self.checking
-                plan.ensure("boot_check")
-            Outcome(self.directory, plan).restore(wanted)
-        return wanted
+    def booting(self) -> Booting:
+        """What only boot tasks need."""
+        return Booting(self)
 
     @functools.cached_property
     def outcome(self) -> Outcome:
         """The results' directory."""
-        return Outcome(self.directory, self.plan)
+        return Outcome(self.directory, self.booting.checked() or self.plan)
 
     @functools.cached_property
     def embedding(self) -> embed.Embedding | None:
@@ -218,9 +140,17 @@ class Context:
         self._marks.update(receipt.look([named, token]))
         return embed.Embedding(self.directory, self.plan, token)
 
+    def artifacts(self, task: str) -> tuple[Artifact, ...]:
+        """A task's artifacts; the manifest with the boot check where that was done."""
+        found = artifacts.of(self.recipe, task)
+        checked = any(item.name == artifacts.CHECKED.name for item in found) \
+            and self.booting.checked() is not None
+        return tuple(artifacts.CHECKED if checked and item.name == artifacts.CHECKED.name else item
+                     for item in found)
+
     def _artifacts(self, task: str) -> tuple[list[Artifact], list[Artifact]]:
         """A task's artifacts: those that the store has as they shall be, and the others."""
-        wanted = artifacts.of(self.recipe, task)
+        wanted = self.artifacts(task)
         other = [item for item in wanted if self.embedding is not None and embed.takes(item)]
         return [item for item in wanted if item not in other], other
 
@@ -251,6 +181,8 @@ class Context:
             for left in reversed(range(len(plain) + len(other) + 1)):
                 try:
                     self.outcome.restore(plain)
+                    if any(item.name == artifacts.CHECKED.name for item in plain):
+                        self.booting.drop_old()
                     if self.embedding is not None:
                         self.embedding.write(other)
                     for name in self._withdraw():
@@ -292,7 +224,7 @@ class Context:
         The store has all that such a task makes, and the store must be asked. With
         no token to embed, what speaks of one must not be there: the marks do not hold before.
         """
-        wanted = artifacts.of(self.recipe, task)
+        wanted = self.artifacts(task)
         if not wanted:
             return {}
         notice = str(self.directory / embed.NOTICE)

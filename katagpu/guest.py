@@ -72,7 +72,7 @@ def boot_stages(recipe: Recipe, emulator: Lock | None, qemu: Callable[[], Qemu],
     """
     from katagpu.stages import boot
 
-    found = [boot.parts(recipe), boot.check(recipe, qemu, lesser=lesser)]
+    found = [boot.parts(recipe), boot.check(recipe, qemu, lesser=lesser), boot.record()]
     if emulator is not None:
         found.append(roots.root(emulator, "emulator", "root with QEMU, for boot checks"))
     for stage in found:

@@ -68,6 +68,15 @@ class Plan:
             raise UserError(f"{name}: cannot read {refusal.filename}: {refusal.strerror}",
                             hint="the recipe, or the repository, names it") from None
 
+    def inputs(self, name: str) -> dict[str, Output]:
+        """The outputs that a stage reads, by their role. What it needs must be made."""
+        found = {}
+        for role, ref in self.stages[name].inputs.items():
+            needed = self.action(ref.stage)
+            assert needed is not None, f"{name} needs {ref.stage}"
+            found[role] = needed.outputs[ref.output]
+        return found
+
     def action(self, name: str) -> Action | None:
         """The stage's action, if it is a hit."""
         with self._lock:
@@ -130,11 +139,7 @@ class Plan:
 
     def _make(self, name: str, key: Mapping[str, Any], reason: str) -> Action:
         stage = self.stages[name]
-        inputs: dict[str, Output] = {}
-        for role, ref in stage.inputs.items():
-            needed = self.action(ref.stage)
-            assert needed is not None
-            inputs[role] = needed.outputs[ref.output]
+        inputs = self.inputs(name)
         logfile = self.logs / f"{name}.log"
         with writing(self.logs):
             self.logs.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from katagpu import log, schema
+from katagpu import log, schema, words
 from katagpu.errors import UserError
 from katagpu.recipe_problems import features, problems
 from katagpu.schema import (
@@ -135,7 +135,7 @@ def with_driver(recipe: Recipe, version: str) -> Recipe:
         if driver.version == version:
             return replace(recipe, driver=driver, other_drivers=tuple(
                 other for other in listed if other is not driver))
-    if not schema.DRIVER_VERSION.fullmatch(version):
+    if not words.DRIVER_VERSION.fullmatch(version):
         raise UserError(f"driver={version}: this is not a version of the NVIDIA driver",
                         hint=f"the recipe lists {', '.join(versions(recipe))}; driver=all builds "
                              "a guest with each of them")
@@ -156,7 +156,7 @@ def with_driver(recipe: Recipe, version: str) -> Recipe:
 def _with_packages(recipe: Recipe, extra_packages: Sequence[str]) -> Recipe:
     """The recipe with the packages of EXTRA_PKGS."""
     for package in extra_packages:
-        if not schema.PACKAGE.fullmatch(package):
+        if not words.PACKAGE.fullmatch(package):
             raise UserError(f"EXTRA_PKGS: {package!r} cannot be the name of a package",
                             hint='names with spaces between them: EXTRA_PKGS="gcc make"')
     if extra_packages:

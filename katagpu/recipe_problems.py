@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from katagpu import schema
 from katagpu.schema import (
     Capability,
+    Compression,
     DistributionId,
     Driver,
     DriverSource,
@@ -33,6 +34,13 @@ LOST = {Capability.GRAPHICS: "/etc/vulkan and no backend of GBM",
         Capability.DISPLAY: "backend of GBM and no modules of X",
         Capability.COMPAT32: "directory for 32-bit libraries"}
 """What a `.run` file brings for a capability and the driver's disk has no place for."""
+LEVELS: dict[ImageFormat, dict[Compression, range]] = {
+    ImageFormat.EROFS: {Compression.NONE: range(0), Compression.LZ4HC: range(1, 13),
+                        Compression.ZSTD: range(1, 20)},
+    ImageFormat.EXT4: {Compression.NONE: range(0)},
+    ImageFormat.INITRD: {Compression.NONE: range(0), Compression.ZSTD: range(1, 20)},
+}
+"""Compressors of each format and their levels (mkfs.erofs(1) -z, zstd(1)); empty: has none."""
 FEATURES = Path("kernel-configs/features")
 
 
@@ -277,9 +285,9 @@ def _agent(recipe: Recipe) -> Iterator[Problem]:
 
 def _image(recipe: Recipe) -> Iterator[Problem]:
     image = recipe.image
-    levels = schema.LEVELS[image.format].get(image.compression)
+    levels = LEVELS[image.format].get(image.compression)
     if levels is None:
-        valid = " or ".join(f"`{word}`" for word in schema.LEVELS[image.format])
+        valid = " or ".join(f"`{word}`" for word in LEVELS[image.format])
         yield (("image", "compression"),
                f"{image.format} cannot be compressed with {image.compression}", f"use {valid}")
     elif image.level is not None and image.level not in levels:

@@ -134,7 +134,7 @@ class Guests:
         """
         first = self.contexts[0]
         if anew:
-            first.renew_emulator()
+            first.booting.renew_lock()
         if not self.all:
             first.make_lock(anew=anew)
             return []

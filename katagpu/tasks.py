@@ -167,7 +167,7 @@ def _guest(guests: Guests, context: Context, name: str) -> dict[str, Any]:
         context.restore(name)
         context.finish(name, wanted)
         if not guests.all:
-            context.outcome.announce(artifacts.of(context.recipe, name))
+            context.outcome.announce(context.artifacts(name))
             if name == DEFAULT:
                 context.usage()
         context.sign(name, ready())
@@ -213,13 +213,25 @@ def boot_check() -> Task:
 
     def check() -> None:
         for context in _guests().contexts:
-            for artifact in context.check_boot():
+            for artifact in context.booting.check():
                 path = context.directory / artifact.name
                 if path.suffix == ".txt":
                     log.say(path.read_text().rstrip())
                     log.say(f"boot_check: passed; {os.path.relpath(path.with_suffix('.xml'))}")
 
     return plain(check, "boot the guest in a virtual machine with an emulated GPU, and check it",
+                 task_dep=[DEFAULT])
+
+
+def boot_shell() -> Task:
+    """Boot what was built, for a person."""
+
+    def show() -> None:
+        if _guests().all:
+            raise UserError("boot_shell boots one guest", hint="boot_shell driver=VERSION")
+        _context().booting.shell()
+
+    return plain(show, "boot the guest as boot_check does, with a shell on this terminal",
                  task_dep=[DEFAULT])
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +129,14 @@ def machine(guest: Guest, setting: Setting, boot: str, directory: Path) -> Machi
 
 
 @contextlib.contextmanager
-def booted(guest: Guest, setting: Setting, boot: str, directory: Path,
-           ) -> Iterator[tuple[Machine, Process, vsocklink.Link, Server | None]]:
-    """The machine, started; it is ended with all that belongs to it."""
-    found = machine(guest, setting, boot, directory)
+def booted(
+    guest: Guest, setting: Setting, boot: str, directory: Path, *, terminal: bool = False,
+) -> Iterator[tuple[Machine, Process, vsocklink.Link, Server | None]]:
+    """The machine, started; it is ended with all that belongs to it.
+
+    With `terminal` its second console is on ours.
+    """
+    found = replace(machine(guest, setting, boot, directory), terminal=terminal)
     with ExitStack() as stack:
         link = stack.enter_context(vsocklink.link(directory))
         server = None
@@ -140,7 +144,7 @@ def booted(guest: Guest, setting: Setting, boot: str, directory: Path,
             server = stack.enter_context(Server(directory / "gpu0", setting.gpu))
         running = stack.enter_context(process.running(
             setting.qemu, [*vm.arguments(found), *link.arguments], monitor=directory / "qmp",
-            log=setting.logs / f"{boot}-qemu.log", descriptors=link.descriptors))
+            log=setting.logs / f"{boot}-qemu.log", descriptors=link.descriptors, terminal=terminal))
         yield found, running, link, server
 
 

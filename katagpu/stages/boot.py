@@ -99,6 +99,23 @@ def check(recipe: Recipe, qemu: Callable[[], Qemu], *, lesser: bool = False) -> 
                  "bar1_gib": chosen.bar1_gib, "memory": chosen.memory})
 
 
+def record() -> Stage:
+    """The guest's manifest with what came of the check."""
+    return Stage(name="checked_manifest", title="manifest with the boot check", module=MODULE,
+                 make=make_record, outputs={"manifest": Kind.FILE},
+                 inputs={"manifest": Ref(stage="manifest", output="manifest"),
+                         "report": Ref(stage="boot_check", output="report")})
+
+
+def make_record(build: Build) -> None:
+    """Add the report's summary, and the verdict of each check."""
+    content = json.loads(build.blob("manifest").read_text())
+    found = json.loads(build.blob("report").read_text())
+    verdicts = {f"{each['boot']}: {each['id']}": each["verdict"] for each in found.pop("checks")}
+    content["boot_check"] = {**found, "checks": verdicts}
+    build.put_bytes("manifest", (json.dumps(content, indent=2) + "\n").encode())
+
+
 def guest(build: Build) -> runner.Guest:
     """The guest of a stage's inputs."""
     options = build.options
