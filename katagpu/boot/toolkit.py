@@ -66,16 +66,17 @@ def nvml(session: Session) -> list[str]:
         raise Skipped("this guest has no nvidia-smi")
     found = session.guest.run(["nvidia-smi"], env=_library_path(session), timeout=60)
     text = "\n".join(found.said)
+    # What 550.163.01's nvidia-smi said beside the module of 580.159.04, with status 18.
+    if "version mismatch" in text:
+        raise Failed("NVML and the kernel's module are of different drivers", found.said,
+                     cause="module and user space are not of one driver",
+                     cure="./doitw build_image")
     # Its own words when NVML was loaded and no GPU could be initialised.
     if "NVIDIA-SMI" not in text and "No devices were found" not in text \
             and "Unable to determine the device handle" not in text:
         raise Failed(f"nvidia-smi ended with status {found.status}", found.said,
                      cause=f"{NVML} is missing, of another driver, or the device nodes are",
                      cure="./doitw build_image; recipe: driver.capabilities")
-    if "version mismatch" in text:
-        raise Failed("NVML and the kernel's module are of different drivers", found.said,
-                     cause="module and user space are not of one driver",
-                     cure="./doitw build_image")
     return [f"status {found.status}", *found.said]
 
 
