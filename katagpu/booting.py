@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -76,6 +77,11 @@ class Booting:
         from katagpu.boot import qemu
 
         return qemu.find(self._emulator)
+
+    def command(self) -> str:
+        """How a shell starts that QEMU."""
+        words = [f"{name}={value}" for name, value in self.qemu.env.items()]
+        return shlex.join(["env", *words, *self.qemu.argv])
 
     @functools.cached_property
     def _checking(self) -> Plan:

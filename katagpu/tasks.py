@@ -6,6 +6,7 @@ miss content whose times are clamped.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,10 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "build_initrd": ("initrd",),
     "build_image": ("image", "kata_config", "manifest"),
 }
+
+
+ON_A_BUILD = ("tests/default", "tests/boot/test_qemu.py", "tests/boot/test_real.py")
+"""Tests that need the default build."""
 
 
 def config() -> dict[str, Any]:
@@ -353,20 +358,33 @@ def test() -> Task:
         chosen = [] if everything else ["-m", "not slow"]
         _call(["pytest", "-q", "tests", "--ignore=tests/default", *chosen], "the suite failed")
         _call(["python", "-m", "katagpu", "build_image"], "the default build failed")
-        if (ROOT / "tests/default").is_dir():
-            log.say("> the checks of the default guest")
-            _call(["pytest", "-q", "tests/default", *chosen], "the default guest's checks failed")
+        log.say("> the checks of the default guest, in virtual machines too")
+        with _machines() as machines:
+            _call(["pytest", "-q", *ON_A_BUILD, *chosen], "the default guest's checks failed",
+                  **machines)
 
     return plain(run, "the fast suite, then the default build and its checks (all=1: long ones)")
 
 
-def _call(words: list[str], failed: str) -> None:
-    """Run a program of the environment, its output on ours."""
+@contextlib.contextmanager
+def _machines() -> Iterator[dict[str, str]]:
+    """What tests need for virtual machines, by its variable: a QEMU, and the default kernel."""
+    from katagpu.context import Context
+
+    default = Context(ROOT, {}, environment={})
+    with default.store.lease():
+        yield {"KATAGPU_TEST_QEMU": default.booting.command(),
+               "KATAGPU_TEST_KERNEL": str(next(default.directory.glob("vmlinux-*")))}
+
+
+def _call(words: list[str], failed: str, **environment: str) -> None:
+    """Run a program of the environment, its output on ours, with more of an environment."""
     import subprocess
 
     # The signal reaches it when this task's thread ends, however: nothing builds on alone.
     argv = ["setpriv", "--pdeathsig", "TERM", "--", str(Path(sys.executable).parent / words[0]),
             *words[1:]]
-    status = subprocess.run(argv, cwd=ROOT, check=False).returncode
+    status = subprocess.run(argv, cwd=ROOT, check=False,
+                            env={**os.environ, **environment}).returncode
     if status != 0:
         raise (UserError if status == Status.USER else StepError)(failed)

@@ -498,6 +498,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in ("subuid", "subgid"):
         (tmp_path / name).write_text(entries)
     monkeypatch.setattr(sandbox, "SUBORDINATE", (tmp_path / "subuid", tmp_path / "subgid"))
+    monkeypatch.setattr(shutil, "which", lambda name, **_more: f"/usr/bin/{name}")
     return tmp_path
 
 

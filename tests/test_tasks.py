@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +55,11 @@ def test_every_stage_of_a_public_task_exists(repository: Path) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     """The programs that a task starts, which are not started."""
     found: list[list[str]] = []
-    monkeypatch.setattr(tasks, "_call", lambda words, _failed: found.append(words))
+
+    def call(words: list[str], _failed: str, **environment: str) -> None:
+        found.append([*(f"{name}={value}" for name, value in environment.items()), *words])
+
+    monkeypatch.setattr(tasks, "_call", call)
     monkeypatch.setattr(tasks, "ROOT", tmp_path)
     return found
 
@@ -80,16 +85,19 @@ SUITE = ["pytest", "-q", "tests", "--ignore=tests/default"]
 
 
 def test_the_test_task_is_the_suite_then_the_build_then_its_checks(
-    calls: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    calls: list[list[str]], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given(monkeypatch)
+    monkeypatch.setattr(tasks, "_machines", lambda: contextlib.nullcontext({"QEMU": "qemu -x"}))
+    default = ["pytest", "-q", "tests/default", "tests/boot/test_qemu.py",
+               "tests/boot/test_real.py"]
     assert action(tasks.test())() is True
-    assert calls == [[*SUITE, "-m", "not slow"], BUILD]
+    assert calls == [[*SUITE, "-m", "not slow"], BUILD,
+                     ["QEMU=qemu -x", *default, "-m", "not slow"]]
     calls.clear()
-    (tmp_path / "tests/default").mkdir(parents=True)
     given(monkeypatch, all="1")
     action(tasks.test())()
-    assert calls == [SUITE, BUILD, ["pytest", "-q", "tests/default"]]
+    assert calls == [SUITE, BUILD, ["QEMU=qemu -x", *default]]
 
 
 def test_lint_runs_all_of_its_programs(calls: list[list[str]]) -> None:

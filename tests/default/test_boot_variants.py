@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,7 @@ from katagpu.boot import runner
 from katagpu.boot.report import Report
 from katagpu.context import Context
 from katagpu.lock import Lock
-from katagpu.schema import Compression, ImageFormat, KernelModule
+from katagpu.schema import Agent, Compression, ImageFormat, KernelModule
 from katagpu.stages import boot
 from katagpu.stages.api import Build
 from tests import bootguest
@@ -88,6 +91,20 @@ def test_closed_modules(booting: Booting) -> None:
         recipe.driver, kernel_module=KernelModule.CLOSED))
     assert bootguest.failed(report) == {}
     assert "RmInitAdapter failed! (0x30:" in evidence(report, "firmware")
+
+
+@pytest.mark.skipif(shutil.which("go") is None, reason="needs go")
+def test_an_agent_is_called_over_vsock(booting: Booting) -> None:
+    """A program of ours in the agent's place, which speaks its protocol and runs as its unit."""
+    agent = booting.build.directory("agent") / "kata-agent"
+    subprocess.run(["go", "build", "-trimpath", "-ldflags=-s -w", "-o", agent, "."], check=True,
+                   cwd=booting.context.root / "tests/boot/agent",
+                   env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false"})
+    report = booting.check("agent", agent=Agent(file=str(agent)))
+    assert bootguest.failed(report) == {}
+    assert bootguest.skipped(report) == {"hook", "config", "verity", "extension"}
+    assert "SERVING" in evidence(report, "agent-answers")
+    assert "3.99.0-toy" in evidence(report, "agent-details")
 
 
 def test_another_gpu(booting: Booting) -> None:

@@ -175,6 +175,10 @@ func details(_ context.Context, unmarshal func(any) error) (any, error) {
 }
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == "--version" {
+		fmt.Println("toy agent version 3.99.0-toy")
+		return
+	}
 	types = messages()
 	server, err := ttrpc.NewServer()
 	check(err)
