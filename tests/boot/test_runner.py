@@ -58,8 +58,8 @@ def guest(tmp_path: Path) -> Guest:
 def setting(tmp_path: Path, what: str, **other: Any) -> Setting:
     """A QEMU that behaves so."""
     qemu = Qemu(argv=(sys.executable, str(HERE / "fakeqemu.py"), what), version="11.1.3",
-                env={"PYTHONPATH": str(HERE.parent.parent), "PYTHONDONTWRITEBYTECODE": "1"}, vfio_user=True,
-                why="a test", identity="")
+                env={"PYTHONPATH": str(HERE.parent.parent), "PYTHONDONTWRITEBYTECODE": "1"},
+                vfio_user=True, why="a test", identity="")
     words: dict[str, Any] = {"memory": 64, "patience": 0.3, "gpu": Gpu(), **other}
     return Setting(qemu=qemu, accel=Accel(kind=Kind.TCG, why="TCG: a test"),
                    logs=tmp_path / "logs", **words)
