@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -151,11 +152,16 @@ class Booting:
         from katagpu.stages import boot
 
         terminal.must_be_one()
+        with self.inputs("boot_shell") as build:
+            terminal.shell(boot.guest(build), boot.setting(build, self.qemu))
+
+    @contextlib.contextmanager
+    def inputs(self, name: str) -> Iterator[Build]:
+        """A handle on what the check's stage gets, all made; `name` is that of its log."""
         self.store.prepare()
-        with self.store.lease(), self.store.staging("boot_shell", sandbox.remove) as scratch:
+        with self.store.lease(), self.store.staging(name, sandbox.remove) as scratch:
             plan = self._checking
             for need in plan.needs("boot_check"):
                 plan.ensure(need)
-            build = Build(plan.stages["boot_check"], self.store, plan.inputs("boot_check"),
-                          scratch, self.run.directory / "logs/boot_shell.log")
-            terminal.shell(boot.guest(build), boot.setting(build, self.qemu))
+            yield Build(plan.stages["boot_check"], self.store, plan.inputs("boot_check"), scratch,
+                        self.run.directory / f"logs/{name}.log")

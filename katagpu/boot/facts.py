@@ -23,8 +23,7 @@ class Facts:
     """The guest as it was built; what it is compared with in the machine.
 
     `build_id` is vmlinux's. `extension` is where a disk with the driver is mounted, `hook` the
-    guest's OCI hook. `agent_is_init`: the image boots into kata-agent and not systemd.
-    `capabilities` are the driver's. `models` are the names that the driver gives the emulated GPUs.
+    guest's OCI hook; `capabilities` are the driver's.
     """
 
     release: str
@@ -36,7 +35,6 @@ class Facts:
     capabilities: tuple[str, ...] = ()
     toolkit: str = "none"
     agent: bool = False
-    agent_is_init: bool = False
     extension: str | None = None
     verity: bool = False
     hook: str | None = None

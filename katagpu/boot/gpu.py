@@ -122,15 +122,23 @@ class Gpu:
             vendor=VENDOR, device=self.device, class_code=CLASS_3D, revision=0xA1,
             subsystem_vendor=VENDOR,
             subsystem=subsystem if self.subsystem is None else self.subsystem,
-            bars={0: Bar(size=16 * MIB),
-                  1: Bar(size=self.bar1, wide=True, prefetchable=True),
-                  3: Bar(size=32 * MIB, wide=True, prefetchable=True)},
+            bars=_bars(chip.architecture if chip else boot42 >> 24 & 0x3F, self.bar1),
             registers={(0, PMC_BOOT_0): boot0, (0, PMC_BOOT_42): boot42},
             msix=MSIX if self.msix else None)
 
     def power_on(self) -> Device:
         """The function at work."""
         return Device(self.function)
+
+
+def _bars(architecture: int, large: int) -> dict[int, Bar]:
+    """Registers, the large one, and RAMIN. Since Hopper the registers' is 64 bits wide too, which
+    moves the others: an H200's are 0, 2 and 4, of 16 MiB, 256 GiB and 32 MiB.
+    """
+    hopper = architecture >= GH100.architecture
+    return {0: Bar(size=16 * MIB, wide=hopper, prefetchable=hopper),
+            1 + hopper: Bar(size=large, wide=True, prefetchable=True),
+            3 + hopper: Bar(size=32 * MIB, wide=True, prefetchable=True)}
 
 
 def fallen_off(gpu: Gpu) -> Gpu:

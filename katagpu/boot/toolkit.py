@@ -68,6 +68,7 @@ def nvml(session: Session) -> list[str]:
         raise Skipped("this guest has no nvidia-smi")
     found = session.guest.run(["nvidia-smi"], env=_library_path(session), timeout=60)
     text = "\n".join(found.said)
+    # What 550.163.01's nvidia-smi said beside the module of 580.159.04, with status 18.
     if "version mismatch" in text:
         raise Failed("NVML and the kernel's module are of different drivers", found.said,
                      cause="module and user space are not of one driver",

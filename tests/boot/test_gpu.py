@@ -38,6 +38,21 @@ def test_boot_registers(device: int, expected: tuple[int, int], model: str) -> N
     assert gpu.function.device == device and gpu.function.class_code == 0x030200
 
 
+@pytest.mark.parametrize(("gpu", "bars"), [
+    (Gpu(), {0: (16 * MIB, False), 1: (32 * GIB, True), 3: (32 * MIB, True)}),
+    # as a real H200's sysfs shows them
+    (Gpu(device=0x2335, bar1=256 * GIB),
+     {0: (16 * MIB, True), 2: (256 * GIB, True), 4: (32 * MIB, True)}),
+    (Gpu(device=0x2901, boot0=0x1B2000A1, boot42=0x1B2A1000),
+     {0: (16 * MIB, True), 2: (32 * GIB, True), 4: (32 * MIB, True)}),
+    (fallen_off(Gpu()), {0: (16 * MIB, False), 1: (32 * GIB, True), 3: (32 * MIB, True)}),
+])
+def test_bars(gpu: Gpu, bars: dict[int, tuple[int, bool]]) -> None:
+    found = gpu.function.bars
+    assert {number: (bar.size, bar.wide) for number, bar in found.items()} == bars
+    assert all(bar.wide == bar.prefetchable for bar in found.values())
+
+
 def test_an_architecture_beyond_five_bits_has_its_high_bit_apart() -> None:
     chip = Chip(architecture=0x21, implementation=3, major=0xB, minor=2)
     assert chip.boot0 == 0x013001B2

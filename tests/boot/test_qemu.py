@@ -149,7 +149,8 @@ def test_two_gpus_plugged_into_a_running_machine(tmp_path: Path) -> None:
         qemu.ask("device_add", **plug("gpu0", "rp0", one))
         qemu.ask("device_add", **plug("gpu1", "rp1", two))
         assert qemu.bars("gpu0") == GPU_BARS
-        assert qemu.bars("gpu1") == {**GPU_BARS, 1: (256 * GIB, True, True)}
+        assert qemu.bars("gpu1") == {
+            0: (16 * MIB, True, True), 2: (256 * GIB, True, True), 4: (32 * MIB, True, True)}
         assert qemu.function("gpu1")["id"]["device"] == 0x2335
         assert qemu.addresses("gpu0") == {0: -1, 1: -1, 3: -1}, "no system is there to give any"
 

@@ -23,7 +23,7 @@ def test_offers() -> None:
     gpu = Gpu(device=0x2335, bar1=256 * GIB)
     assert of_gpu(gpu) == Offer(
         vendor=0x10DE, device=0x2335, pci_class=0x0302, model="NVIDIA H200", function=gpu,
-        bars={0: 16 << 20, 1: 256 * GIB, 3: 32 << 20})
+        bars={0: 16 << 20, 2: 256 * GIB, 4: 32 << 20})
     assert (SMALL.function is not None, SMALL.bars) == (True, {0: 4096, 2: 1 << 20})
     assert lesser(32 * GIB).properties == {"driver": "pci-testdev", "membar": 32 * GIB}
     assert (SMALL_LESSER.function, SMALL_LESSER.bars) == (None, {2: 1 << 20})

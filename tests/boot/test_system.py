@@ -47,15 +47,6 @@ def test_a_target_that_is_never_reached(scripted: Make) -> None:
     assert refusal.lines == ["42 dev-vdz.device start running"]
 
 
-def test_an_agent_that_is_init(scripted: Make) -> None:
-    found = scripted(agent_is_init=True)
-    found.tables.files["/proc/1/cmdline"] = "/sbin/init\0"
-    assert system.ready(found.session) == ["init: /sbin/init", "up after 12.3 s"]
-    assert found.session.ready_at == 12.34
-    with pytest.raises(Skipped):
-        system.units(found.session)
-
-
 def test_release(scripted: Make) -> None:
     found = scripted()
     found.tables.programs["uname -r"] = f"{RELEASE}\n"

@@ -12,6 +12,8 @@ from katagpu.context import Context
 from katagpu.sandbox import Root
 from katagpu.stages import layers
 from katagpu.stages.api import Build
+from tests import splitguest
+from tests.splitguest import Split
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,3 +43,10 @@ def guest(context: Context) -> Iterator[tuple[Build, Root]]:
 def guest_build(guest: tuple[Build, Root]) -> Build:
     """The build handle alone."""
     return guest[0]
+
+
+@pytest.fixture(scope="session")
+def split(context: Context, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
+    """The default guest with the driver on a disk of its own."""
+    with splitguest.split(context, tmp_path_factory.mktemp("repository")) as found:
+        yield found

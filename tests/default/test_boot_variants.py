@@ -1,0 +1,111 @@
+"""The default guest packed and set up otherwise, booted as Kata would boot it then."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from katagpu.boot import runner
+from katagpu.boot.report import Report
+from katagpu.context import Context
+from katagpu.lock import Lock
+from katagpu.schema import Compression, ImageFormat, KernelModule
+from katagpu.stages import boot
+from katagpu.stages.api import Build
+from tests import bootguest
+from tests.splitguest import Split
+
+pytestmark = pytest.mark.slow
+ALONE = {"agent-runs", "agent-answers", "agent-details", "hook", "config"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Booting:
+    """How guests are booted here."""
+
+    context: Context
+    lock: Lock
+    setting: runner.Setting
+    build: Build
+
+    def check(self, name: str, *, split: Split | None = None, **parts: Any) -> Report:
+        """The report on the default guest with other sections of its recipe."""
+        recipe = split.recipe if split else replace(self.context.recipe, **parts)
+        guest = bootguest.of(self.context, recipe, split.lock if split else self.lock,
+                             self.setting.qemu, self.build.directory(name))
+        return runner.check(guest, dataclasses.replace(
+            self.setting, logs=self.build.directory(f"{name}-logs")))
+
+
+@pytest.fixture(scope="module")
+def booting(context: Context) -> Iterator[Booting]:
+    locked = context.locked()
+    assert locked is not None
+    with context.booting.inputs("boot-variants") as build:
+        yield Booting(context=context, lock=locked, build=build,
+                      setting=boot.setting(build, context.booting.qemu))
+
+
+def evidence(report: Report, name: str) -> str:
+    """What a check says, of the first machine that has it."""
+    return "\n".join(next(each.lines for each in report.outcomes if each.id == name))
+
+
+def test_driver_on_a_disk_of_its_own_with_a_hash_tree(booting: Booting, split: Split) -> None:
+    report = booting.check("split", split=split)
+    assert bootguest.failed(report) == {}
+    assert bootguest.skipped(report) == ALONE
+    assert "VERITY" in evidence(report, "verity")
+    assert "/run/kata-extensions/gpu" in evidence(report, "extension")
+
+
+def test_ext4_as_persistent_memory(booting: Booting) -> None:
+    recipe = booting.context.recipe
+    report = booting.check("dax", image=replace(
+        recipe.image, format=ImageFormat.EXT4, compression=Compression.NONE, level=None,
+        dax_header=True))
+    assert bootguest.failed(report) == {}
+    assert "/dev/pmem0p1" in evidence(report, "root") and "dax" in evidence(report, "root")
+
+
+def test_initrd(booting: Booting) -> None:
+    recipe = booting.context.recipe
+    report = booting.check("initrd", image=replace(recipe.image, format=ImageFormat.INITRD))
+    assert bootguest.failed(report) == {}
+    assert bootguest.skipped(report) == {*ALONE, "verity", "extension", "root"}
+
+
+@pytest.mark.timeout(900)
+def test_closed_modules(booting: Booting) -> None:
+    recipe = booting.context.recipe
+    report = booting.check("closed", driver=replace(
+        recipe.driver, kernel_module=KernelModule.CLOSED))
+    assert bootguest.failed(report) == {}
+    assert "RmInitAdapter failed! (0x30:" in evidence(report, "firmware")
+
+
+def test_another_gpu(booting: Booting) -> None:
+    """An H200's BAR has 256 GiB, which take more address bits than an emulated processor has."""
+    gpu = dataclasses.replace(booting.setting.gpu, device=0x2335, bar1=256 << 30)
+    report = dataclasses.replace(
+        booting, setting=dataclasses.replace(booting.setting, gpu=gpu)).check("h200")
+    assert bootguest.failed(report) == {}
+    assert "NVIDIA H200" in evidence(report, "cold-model")
+    assert "BAR2 64-bit 256 GiB at 0x" in evidence(report, "hot-addresses")
+
+
+def test_lesser_check_without_vfio_user(booting: Booting) -> None:
+    qemu = dataclasses.replace(booting.setting.qemu, vfio_user=False)
+    report = dataclasses.replace(booting, setting=dataclasses.replace(
+        booting.setting, qemu=qemu)).check("lesser")
+    assert bootguest.failed(report) == {}
+    assert "lesser" in str(report.facts["gpu"])
+    assert {"cold-bound", "firmware", "cdi-hot"} <= bootguest.skipped(report)
+    assert "pciehp" in evidence(report, "hot-plug")
+    assert Path(booting.build.directory("lesser-logs") / "hot-plug-serial.log").exists()
