@@ -1,7 +1,8 @@
 """A program that stands where QEMU would be: `python fakeqemu.py WHAT QEMU'S-ARGUMENTS`.
 
 It opens QEMU's sockets, and behaves as WHAT says: as one that refuses, or as one with a guest of
-words that panics, hangs, ends in the middle, or answers.
+words that panics, hangs, ends in the middle, or answers; the shell of `shell` says what it was
+given, and ends with the first key.
 """
 
 from __future__ import annotations
@@ -29,6 +30,19 @@ class Ends(FakeGuest):
         super().take(asked)
 
 
+class Shell(FakeGuest):
+    """A guest whose shell is on our own terminal, as QEMU's second console is."""
+
+    def take(self, asked: Request) -> None:
+        term = next(word[5:] for word in asked["env"] if word.startswith("TERM="))
+        print(asked["rows"], asked["columns"], term, flush=True)
+        print(f"got {os.read(0, 1).hex()}", flush=True)
+        self.say(id=asked["id"])
+
+
+KINDS: dict[str, type[FakeGuest]] = {"ends": Ends, "shell": Shell}
+
+
 def main() -> None:
     what, *words = sys.argv[1:]
     line = " ".join(words)
@@ -45,8 +59,7 @@ def main() -> None:
     if what == "panics":
         return
     FakeMonitor(paths["monitor"])
-    guest = Ends(paths["probe"]) if what == "ends" else FakeGuest(
-        paths["probe"], ready=what != "hangs")
+    guest = KINDS.get(what, FakeGuest)(paths["probe"], ready=what != "hangs")
     guest.tables.files |= FILES
     guest.tables.programs |= {"is-active": "active\n", "uname -r": "6.12.117-nvidia-gpu\n",
                               "uname -v": "#1 SMP\n", "--failed": ""}
