@@ -79,7 +79,7 @@ class Scripted:
         self.monitor = Monitor.connect(place / "qmp")
         self.session = Session(
             self.facts, self.machine, self.channel, self.monitor, link=self.link, gpu=OFFER,
-            helpers={"load": place / "load", "libnvidia-ml.so.1": place / "nvml"}, patience=0.3)
+            helpers={"load": place / "load", "libnvidia-ml.so.1": place / "nvml"}, patience=0.1)
 
     def _attempt(self, port: int, timeout: float) -> socket.socket:
         if port != 1024 or not self.agent:

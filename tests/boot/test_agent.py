@@ -26,7 +26,7 @@ DETAILS = protobuf.encode({
 @pytest.fixture
 def answer(scripted: Make, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Scripted, Answer]]:
     """A guest whose agent answers the next call with these bytes."""
-    monkeypatch.setattr(agent, "ANSWER", 1.0)
+    monkeypatch.setattr(agent, "ANSWER", 0.5)
     found = scripted()
     found.tables.programs["journalctl.*kata-agent"] = "the agent's last words\n"
     with contextlib.ExitStack() as stack:

@@ -159,7 +159,7 @@ def test_no_ready_word(tmp_path: Path) -> None:
 
 def test_a_guest_that_goes_silent(fake: Guests, monkeypatch: pytest.MonkeyPatch) -> None:
     probe, guest = fake
-    monkeypatch.setattr(channel, "PATIENCE", 0.2)
+    monkeypatch.setattr(channel, "PATIENCE", 0.1)
     probe.silent = True
     for ask in (lambda: guest.run(["true"], timeout=0.1), lambda: guest.read("/a"),
                 lambda: guest.open("/a"), lambda: guest.write("/a", b"")):
