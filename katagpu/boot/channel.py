@@ -30,6 +30,10 @@ class Gone(StepError):
     """The guest does not answer: it hangs, or its machine has ended."""
 
 
+class Late(Gone):
+    """It did not answer in time, and its machine runs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ran:
     """A program of the guest that ended; status 128 + n is signal n."""
@@ -65,23 +69,29 @@ class Line:
 def parse(record: str) -> Line:
     """A record of /dev/kmsg (the kernel's Documentation/ABI/testing/dev-kmsg).
 
-    Lines after the first are a dictionary of the device; the text's own controls are `\\xNN`.
+    Lines after the first are a dictionary of the device; in the text `\\xNN` is a byte that is no
+    printable ASCII.
     """
     head, _semicolon, rest = record.partition(";")
     priority, _sequence, micros = head.split(",")[:3]
     text = rest.split("\n", 1)[0]
     return Line(level=int(priority) & 7, kernel=int(priority) >> 3 == 0, at=int(micros) / 1e6,
-                text=re.sub(r"\\x([0-9a-f]{2})", lambda found: chr(int(found[1], 16)), text))
+                text=re.sub(r"(?:\\x[0-9a-f]{2})+", _unescaped, text))
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    return bytes.fromhex(found[0].replace("\\x", "")).decode(errors="replace")
 
 
 class Channel:
     """A connection to the probe, used by several threads. Close it at the end.
 
-    `alive` raises when the machine has ended; it is asked while an answer is waited for.
+    `alive` raises `StepError` when the machine has ended, which is `Gone` then; it is asked while
+    an answer is waited for.
     """
 
     def __init__(self, path: Path, alive: Callable[[], None]) -> None:
-        self._alive = alive
+        self._asked_alive = alive
         self._numbers = itertools.count(1)
         self._waiting: dict[int, dict[str, Any] | None] = {}
         self._changed = threading.Condition()
@@ -93,16 +103,23 @@ class Channel:
         self._thread = threading.Thread(target=self._receive, name="probe", daemon=True)
         self._thread.start()
 
+    def _alive(self) -> None:
+        try:
+            self._asked_alive()
+        except StepError as ended:
+            raise Gone(ended.what, hint=ended.hint) from ended
+
     def _connect(self, path: Path) -> socket.socket:
-        found = socket.socket(socket.AF_UNIX)
         end = time.monotonic() + PATIENCE
         while True:
+            found = socket.socket(socket.AF_UNIX)
             try:
                 found.connect(str(path))
             except OSError as refusal:
+                found.close()
                 self._alive()
                 if time.monotonic() > end:
-                    raise Gone(f"QEMU does not open {path}: {refusal}") from None
+                    raise Late(f"QEMU does not open {path}: {refusal}") from None
                 time.sleep(0.02)
             else:
                 return found
@@ -116,7 +133,8 @@ class Channel:
             self._changed.notify_all()
 
     def _take(self, line: bytes) -> None:
-        with contextlib.suppress(ValueError), self._changed:
+        # The guest's own programs may write to the port: what is no message is passed over.
+        with contextlib.suppress(ValueError, TypeError, AttributeError), self._changed:
             said = json.loads(line)
             if said.get("ready"):
                 self._ready = True
@@ -140,7 +158,7 @@ class Channel:
             if closed:
                 raise Gone(f"{what}: the connection to the guest is closed")
             if time.monotonic() > end:
-                raise Gone(f"{what}: no answer within {timeout:.0f} s")
+                raise Late(f"{what}: no answer within {timeout:.0f} s")
 
     def wait_ready(self, timeout: float) -> None:
         """Wait until the probe runs. Raises `Gone`."""
@@ -230,14 +248,17 @@ class Channel:
             return len(self._lines)
 
     def wait_line(self, pattern: str, *, since: int = 0, timeout: float = PATIENCE) -> Line | None:
-        """The first line that a regular expression is found in; None when none comes in time."""
+        """The first line that a regular expression is found in; None when none comes in time.
+
+        Raises `Gone` when the guest is.
+        """
         found: list[Line] = []
 
         def there() -> bool:
             found.extend(line for line in self._lines[since:] if re.search(pattern, line.text))
             return bool(found)
 
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(Late):
             self._wait(there, timeout, "a line of the kernel's log")
         return found[0] if found else None
 

@@ -6,6 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# fs/erofs/super.c; what it says beside errors is how it was mounted.
+EROFS = r"erofs:? \(device [^)]+\): (?!mounted with|EXPERIMENTAL|\[deprecated\])"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
@@ -26,11 +29,12 @@ CAUSES = (
           cause="the disk's content is not what its hash tree says: it was altered or damaged, or "
                 "the root hash of the drop-in is another build's",
           cure="./doitw build_image, and install image and drop-in together"),
-    Cause(pattern=re.compile(r"EROFS|erofs: |EXT4-fs.*error|Can't find ext4|bad superblock"),
+    Cause(pattern=re.compile(rf"{EROFS}|EXT4-fs.*error|Can't find ext4|bad superblock|"
+                             r"beyond EOD|beyond end of device"),
           cause="the root file system cannot be read: the image is truncated or damaged, or the "
                 "kernel lacks its compressor",
           cure="./doitw cache:verify, then ./doitw build_image; kernel-configs: EROFS_FS_ZIP_*"),
-    Cause(pattern=re.compile(r"Unable to mount root fs|Cannot open root device|VFS: .*root"),
+    Cause(pattern=re.compile(r"Unable to mount root fs|Cannot open root device"),
           cause="the kernel finds no root: the disk's driver or file system is not built in, or "
                 "the image has no partition table",
           cure="kernel-configs: VIRTIO_BLK, VIRTIO_PCI, EROFS_FS or EXT4_FS built in; "
@@ -46,13 +50,18 @@ CAUSES = (
 )
 
 
-def explain(log: Sequence[str]) -> tuple[str, str]:
-    """Cause and cure for the last lines of a log; in general words when nothing is known."""
+def explain(log: Sequence[str], qemu: str = "") -> tuple[str, str]:
+    """Cause and cure for the last lines of a log; in general words when nothing is known.
+
+    `qemu` is what became of QEMU.
+    """
     text = "\n".join(log)
     for known in CAUSES:
-        if known.pattern.search(text):
+        if known.pattern.search(f"{text}\n{qemu}"):
             return known.cause, known.cure
     if not text.strip():
+        if qemu.startswith("QEMU ended"):
+            return "QEMU ended before the kernel said a word", "its own words, above, say why"
         return ("the kernel says nothing at all: it is damaged, or not for this machine",
                 "./doitw cache:verify, then ./doitw build_kernel")
     return ("the guest stopped, or something in it waits for ever",

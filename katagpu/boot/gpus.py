@@ -17,7 +17,7 @@ MODULES = ("nvidia", "nvidia_uvm")
 # and there is no ROM behind BAR0 (0x62), or the firmware was not found (0x61). 550.163.01.
 FIRMWARE_FOUND = re.compile(r"RmInitAdapter failed! \(0x62:")
 FIRMWARE_MISSING = re.compile(
-    r"Direct firmware load for (\S+) failed|RmInitAdapter failed! \(0x61:")
+    r"Direct firmware load for nvidia/\S+ failed|RmInitAdapter failed! \(0x61:")
 OPENED = re.compile(r"RmInitAdapter failed! \(0x[0-9a-f]+:")
 ADDRESSES = ("the kernel lacks what gives addresses to large BARs, or the root port reserves too "
              "little for them")
@@ -204,9 +204,7 @@ def nodes(session: Session) -> list[str]:
 def firmware(session: Session) -> list[str]:
     """Opening the GPU goes as far as one without a ROM can: past the search for GSP firmware."""
     session.require_driver()
-    since = session.guest.mark()
     code = session.guest.open("/dev/nvidia0")
-    lines = session.guest.lines(since)
     reached = session.guest.wait_line(OPENED.pattern, timeout=10) if code else None
     lines = [line for line in session.guest.lines() if "NVRM" in line.text
              or "firmware" in line.text]
@@ -272,6 +270,7 @@ def hot_bound(session: Session) -> list[str]:
 
 def second(session: Session) -> list[str]:
     """A second GPU is hot-plugged beside the first; both have addresses and the driver."""
+    session.first()
     plugged = session.plug_gpu()
     lines = [*_addresses(session, plugged), *_bound(session, plugged), *_model(session, plugged)]
     first, other = (find(session, each) for each in session.gpus[:2])
@@ -285,11 +284,12 @@ def second(session: Session) -> list[str]:
 
 def unplug(session: Session) -> list[str]:
     """A GPU is unplugged, and nothing is said of it but that."""
-    since = session.guest.mark()
-    session.unplug(session.gpus[-1])
+    session.first()
+    plugged, since = session.gpus[-1], session.guest.mark()
+    session.unplug(plugged)
     lines = session.guest.lines(since)
     wrong = [line for line in lines if line.level <= 3 and "NVRM" not in line.text]
     if wrong:
         raise Failed("the kernel reports errors", wrong, cause="the driver or the port did not let "
                      "go of the GPU", cure="look at the kernel's log")
-    return [str(line) for line in lines]
+    return [f"{plugged.address} is gone", *map(str, lines)]

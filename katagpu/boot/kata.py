@@ -22,9 +22,13 @@ AMD64 = (
     "cryptomgr.notests", "net.ifnames=0", "pci=lastbus=0")
 SYSTEMD = ("systemd.unit=kata-containers.target", "systemd.mask=systemd-networkd.service",
            "systemd.mask=systemd-networkd.socket")
-# Instead of Kata's `quiet`: a guest that does not come up shall say why. A serial line is there
-# before any driver of virtio is.
-LOG = ("console=ttyS0", "loglevel=7", "systemd.show_status=false")
+# Instead of Kata's `console=hvc0 console=hvc1 quiet`: a guest that does not come up shall say why.
+# A serial line is there before any driver of virtio is.
+LOG = ("console=ttyS0", "loglevel=7")
+QUIET = "systemd.show_status=false"  # an image's only
+# By the file below the drop-in, configuration-qemu-nvidia-gpu.toml: block_device_driver is
+# "virtio-scsi", launch_process_timeout 15.
+BELOW = ("scsi_mod.scan=none", "agent.launch_process_timeout=15")
 
 
 class Disk(StrEnum):
@@ -67,17 +71,21 @@ def read(text: str) -> Configuration:
 
 def command_line(known: Configuration, *, vcpus: int) -> list[str]:
     """The kernel's parameters, in the order of the runtime."""
-    found = [*AMD64, *([] if known.initrd else _root(known)), *LOG, "panic=1", f"nr_cpus={vcpus}",
-             "selinux=0", *([] if known.initrd else SYSTEMD), *known.kernel_params]
-    found += [f"kata.extension.{each.name}.verity_params={each.verity_params}"
-              for each in known.extensions if each.verity_params]
+    image = not known.initrd
+    found = [*AMD64, *(_root(known) if image else ()), *LOG, *([QUIET] if image else ()),
+             "panic=1", f"nr_cpus={vcpus}", "selinux=0", *(SYSTEMD if image else ()), *BELOW,
+             *known.kernel_params]
+    for each in known.extensions:
+        # Without a value, too: it is what makes the guest mount the disk.
+        value = f"={each.verity_params}" if each.verity_params else ""
+        found.append(f"kata.extension.{each.name}.verity_params{value}")
     return found
 
 
 def _root(known: Configuration) -> list[str]:
     device = f"/dev/{Disk.NVDIMM if known.nvdimm else Disk.VIRTIO}"
     flags = "data=ordered,errors=remount-ro ro" if known.rootfs_type == "ext4" else "ro"
-    if known.nvdimm:
+    if known.nvdimm and not known.kernel_verity_params:
         flags = f"dax,{flags}" if known.rootfs_type == "ext4" else f"dax {flags}"
     # The blank makes `ro` a parameter of its own: the root is always read-only.
     tail = [*f"rootflags={flags}".split(), f"rootfstype={known.rootfs_type}"]

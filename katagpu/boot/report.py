@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 from katagpu.boot.facts import Outcome, Verdict
 
+_CONTROL = re.compile("[\x00-\x08\n-\x1f\x7f-\x9f]")  # a terminal may obey it
 _NO_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, Char
 
 
@@ -58,7 +59,10 @@ class Report:
     def lines(self) -> Iterator[str]:
         """For the terminal: a line for each check, and all that is known of a failure."""
         for outcome in self.outcomes:
-            yield from _lines(outcome)
+            for line in _lines(outcome):
+                # A line of the guest's log may be several, and none may look like one of ours.
+                for number, part in enumerate(line.splitlines()):
+                    yield _CONTROL.sub("\ufffd", part if number == 0 else f"      {part}")
         yield (f"{self.count(Verdict.PASSED)} checks passed, {self.count(Verdict.FAILED)} failed, "
                f"{self.count(Verdict.SKIPPED)} had nothing to look at")
 

@@ -185,10 +185,10 @@ def _keep_log(path: Path, target: Path) -> None:
 def _no_boot(boot: str, found: Machine, failure: KatagpuError) -> list[Outcome]:
     """The guest did not come up: the first check failed, and there is nothing for the others."""
     lines = found.log.read_text(errors="replace").splitlines() if found.log.exists() else []
-    cause, cure = diagnosis.explain(lines[-SERIAL:])
+    cause, cure = diagnosis.explain(lines[-SERIAL:], failure.what)
     first, *others = table.TABLE[boot]
     return [Outcome(id=table.name(first), boot=boot, title=table.title(first), seconds=0.0,
-                    verdict=Verdict.FAILED, what=f"the guest does not come up: {failure.what}",
+                    verdict=Verdict.FAILED, what=f"the guest does not come up: {failure}",
                     lines=tuple(lines[-SERIAL:]), cause=cause, cure=cure),
             *(_skipped(boot, check, "the guest did not come up") for check in others)]
 

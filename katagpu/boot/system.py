@@ -6,6 +6,7 @@ import re
 
 from katagpu import kconfig
 from katagpu.boot.channel import Line
+from katagpu.boot.diagnosis import EROFS
 from katagpu.boot.facts import Failed, Skipped
 from katagpu.boot.session import Session
 
@@ -16,7 +17,7 @@ TROUBLE = re.compile(
     r"Unknown symbol|disagrees about version of symbol|version magic|Invalid relocation|"
     r"invalid module format|Key was rejected|soft lockup|rcu_\w+ detected stalls|"
     r"hung_task|blocked for more than|Out of memory|segfault at|I/O error|"
-    r"metadata block \d+ is corrupted|EROFS-fs error|EXT4-fs error")
+    rf"(?:meta)?data block \d+ is corrupted|{EROFS}|EXT4-fs error")
 # Units that cannot work with a GPU that has no firmware of its own.
 NEED_A_GPU = {"nvidia-persistenced.service", "nvidia-cdi.service", "nvidia-dcgm.service",
               "nvidia-fabricmanager.service", "nvidia-gridd.service", "nvidia-topologyd.service"}
@@ -27,6 +28,7 @@ REBUILD = "./doitw build_image, and install all of its files together"
 def ready(session: Session) -> list[str]:
     """The guest boots, and systemd reaches Kata's target."""
     guest = session.guest
+
     def reached() -> bool:
         return guest.run(["systemctl", "is-active", TARGET]).stdout.strip() == "active"
 

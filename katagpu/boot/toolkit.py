@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from katagpu.boot.channel import Gone
 from katagpu.boot.facts import Failed, Skipped
 from katagpu.boot.session import Session
 from katagpu.check.dlopen import DLOPENED
 
 LIBRARIES = "/usr/lib/x86_64-linux-gnu"
 NVML = "libnvidia-ml.so.1"
+SMI = ("NVIDIA-SMI", "No devices were found", "Unable to determine the device handle")
 PLACE = "/run/katagpu-check"  # the check's own files in the guest
 SPEC = "/var/run/cdi/nvidia.yaml"  # where kata-agent looks
 KIND = "nvidia.com/gpu"
@@ -72,8 +74,7 @@ def nvml(session: Session) -> list[str]:
                      cause="module and user space are not of one driver",
                      cure="./doitw build_image")
     # Its own words when NVML was loaded and no GPU could be initialised.
-    if "NVIDIA-SMI" not in text and "No devices were found" not in text \
-            and "Unable to determine the device handle" not in text:
+    if not any(words in text for words in SMI) or "couldn't find libnvidia-ml" in text:
         raise Failed(f"nvidia-smi ended with status {found.status}", found.said,
                      cause=f"{NVML} is missing, of another driver, or the device nodes are",
                      cure="./doitw build_image; recipe: driver.capabilities")
@@ -139,7 +140,8 @@ def mock_nvml(session: Session) -> Iterator[None]:
     try:
         yield
     finally:
-        session.guest.run(["umount", real])
+        with suppress(Gone):  # which is said where it was noticed
+            session.guest.run(["umount", real])
 
 
 def _specification(session: Session, gpus: int) -> dict[str, Any]:
@@ -150,9 +152,11 @@ def _specification(session: Session, gpus: int) -> dict[str, Any]:
 
     def there() -> bool:
         try:
-            found.update(yaml.safe_load(session.guest.text(SPEC)) or {})
+            loaded = yaml.safe_load(session.guest.text(SPEC))
         except (OSError, yaml.YAMLError):
             return False
+        found.clear()
+        found.update(loaded if isinstance(loaded, dict) else {})
         return len(_numbered(found)) == gpus
 
     if not session.guest.until(there, session.patience, step=0.3):
@@ -200,15 +204,17 @@ def _judge(session: Session, spec: dict[str, Any]) -> list[str]:
             f"{' '.join(sorted(nodes))}", f"{len(mounts)} files, {len(hooks)} hooks"]
 
 
-def _needs_cdi(session: Session) -> None:
+def _needs_cdi(session: Session, gpus: int) -> None:
     if session.facts.toolkit == "none":
         raise Skipped(NO_TOOLKIT)
     session.require_driver()
+    if len(session.gpus) < gpus:
+        raise Skipped(f"{len(session.gpus)} GPUs are in the guest, as another check says")
 
 
 def cdi_cold(session: Session) -> list[str]:
     """The CDI specification of a GPU that is there at the start can be written."""
-    _needs_cdi(session)
+    _needs_cdi(session, 1)
     with mock_nvml(session):
         session.guest.run(["systemctl", "reset-failed", "nvidia-cdi.service"])
         session.guest.run(["systemctl", "restart", "--no-block", "nvidia-cdi.service"])
@@ -217,12 +223,12 @@ def cdi_cold(session: Session) -> list[str]:
 
 def cdi_hot(session: Session) -> list[str]:
     """The CDI specification is written by itself after a GPU was hot-plugged."""
-    _needs_cdi(session)
+    _needs_cdi(session, 1)
     session.keep(mock_nvml(session))
     return _judge(session, _specification(session, len(session.gpus)))
 
 
 def cdi_again(session: Session) -> list[str]:
     """The CDI specification is written anew after a second GPU was hot-plugged."""
-    _needs_cdi(session)
+    _needs_cdi(session, 2)
     return _judge(session, _specification(session, len(session.gpus)))

@@ -1,4 +1,4 @@
-"""A vsock device, a front end on it, and connections between them."""
+"""A vsock device, a front end on it, connections between them; a guest of words."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from katagpu.boot.vsock import Vsock
 
 from .frontend import CID, FrontEnd
+from .scripted import Scripted
 
 Connecting = Callable[..., Future[socket.socket]]
 
@@ -58,3 +59,10 @@ def connecting(vsock: Vsock) -> Iterator[Connecting]:
         thread.join()
         if answer.exception() is None:
             answer.result().close()
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> Iterator[Callable[..., Scripted]]:
+    """Makes a session with a guest of words; further words are its facts."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **facts: stack.enter_context(contextlib.closing(Scripted(tmp_path, **facts)))

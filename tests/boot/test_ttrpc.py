@@ -243,3 +243,18 @@ def test_a_field_of_another_type() -> None:
         protobuf.integer(fields, 2)
     with pytest.raises(StepError, match="UTF-8"):
         protobuf.strings(fields, 3)
+
+
+def test_defaults_and_messages_in_parts() -> None:
+    """Absent fields have their default; of a field that comes twice the last counts, and a nested
+    message is put together (the encoding's "Last One Wins").
+    """
+    assert protobuf.message({}, 1) == {} and protobuf.raw({}, 1) == b""
+    assert (protobuf.text({}, 1), protobuf.strings({}, 1), protobuf.integer({}, 1)) == ("", [], 0)
+    parts = protobuf.decode(protobuf.encode({2: protobuf.encode({1: 5})})
+                            + protobuf.encode({2: protobuf.encode({1: 6, 3: "x"}), 4: b"\xff"}))
+    assert protobuf.message(parts, 2) == {1: [5, 6], 3: [b"x"]}
+    assert protobuf.integer(protobuf.message(parts, 2), 1) == 6
+    assert protobuf.raw(parts, 4) == b"\xff"
+    with pytest.raises(ValueError, match="negative"):
+        protobuf.encode({1: -1})
