@@ -139,7 +139,7 @@ def find(own: Callable[[], Path], *, path: str = PATH) -> Qemu:
     `own` gives the root of the pipeline's own QEMU (`Context.emulator`); it is asked only where the
     host's cannot do all, and raises `UserError` where there is none to be had. Then the host's does
     what it can, without `vfio_user`, and a warning says so. Raises `UserError` where nothing will
-    do.
+    do, `StepError` where the pipeline's own is there and does not run.
     """
     host, said = _of_host(path)
     if host is not None and host.vfio_user:
