@@ -77,9 +77,11 @@ class Process:
         return self._monitor
 
     def said(self) -> str:
-        """The last lines of its output."""
-        lines = tail(self.running.log).splitlines()
-        return "\n".join(line for line in lines if not line.startswith("$ "))
+        """The last lines of its output, without those of earlier runs in the same log."""
+        lines: list[str] = []
+        for line in tail(self.running.log).splitlines():
+            lines = [] if line.startswith("$ ") else [*lines, line]
+        return "\n".join(lines)
 
     def check(self) -> None:
         """Raises `StepError`, with the cause where it is known, when QEMU does not run."""
