@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from katagpu.boot.qemu import OLDEST, Qemu
+from katagpu.boot.qemu import OLDEST, Qemu, value
 from katagpu.boot.qmp import Monitor
 from katagpu.errors import KatagpuError, StepError
 from katagpu.run import Running, start, tail
@@ -117,7 +117,7 @@ def running(qemu: Qemu, arguments: Sequence[str], *, monitor: Path, log: Path,
     """
     with contextlib.suppress(OSError):
         monitor.unlink(missing_ok=True)  # of a run that was killed
-    begun = start([*qemu.argv, *arguments, "-qmp", f"unix:{monitor},server=on,wait=off"],
+    begun = start([*qemu.argv, *arguments, "-qmp", f"unix:{value(monitor)},server=on,wait=off"],
                   env=qemu.env, log=log, terminal=terminal, pass_fds=descriptors)
     process = Process(begun, monitor)
     try:

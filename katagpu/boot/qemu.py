@@ -98,6 +98,11 @@ def _stat(program: str) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
+def value(path: Path) -> str:
+    """A path as the value of an option that goes on after a comma."""
+    return str(path).replace(",", ",,")
+
+
 def command(root: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     """How QEMU of a root starts from outside: the command and its environment.
 

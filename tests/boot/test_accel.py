@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+import tempfile
 import time
 from pathlib import Path
 
@@ -183,7 +184,9 @@ def test_the_guest_is_a_sector_that_firmware_boots() -> None:
 
 
 @pytest.mark.skipif(not QEMU, reason="KATAGPU_TEST_QEMU names no QEMU with vfio-user-pci")
-def test_the_guest_runs_in_a_real_one() -> None:
+def test_the_guest_runs_in_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a,b").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a,b"))
     found = qemu.look(shlex.split(QEMU))
     assert accel.probe(found, Kind.TCG, 30.0) == ""
     assert "did not end under tcg in 0 s" in accel.probe(found, Kind.TCG, 0.05)

@@ -265,8 +265,9 @@ def of_environment() -> Qemu:
 
 
 @real
-def test_a_real_one_starts_answers_and_quits(tmp_path: Path) -> None:
-    with process.running(of_environment(), BASE, monitor=tmp_path / "qmp",
+@pytest.mark.parametrize("name", ["qmp", "a,b"])
+def test_a_real_one_starts_answers_and_quits(tmp_path: Path, name: str) -> None:
+    with process.running(of_environment(), BASE, monitor=tmp_path / name,
                          log=tmp_path / "log") as running:
         assert running.monitor.command("query-status")["status"] == "prelaunch"
         with pytest.raises(Refused, match="not a valid device model name"):
@@ -275,7 +276,7 @@ def test_a_real_one_starts_answers_and_quits(tmp_path: Path) -> None:
         assert running.monitor.wait_event("RESUME", 10) == {}
         running.monitor.command("quit")
         running.wait(20)
-    assert not (tmp_path / "qmp").exists()
+    assert not (tmp_path / name).exists()
 
 
 @real
