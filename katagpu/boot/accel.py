@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from katagpu import log
-from katagpu.boot.qemu import Qemu
+from katagpu.boot.qemu import Qemu, value
 from katagpu.errors import TookTooLong
 from katagpu.files import writing
 from katagpu.keys import digest
@@ -128,7 +128,7 @@ def probe(qemu: Qemu, kind: Kind, seconds: float = SECONDS) -> str:
         disk.write_bytes(SECTOR + bytes(1 << 20))  # no firmware reads a disk of one sector
         argv = [*qemu.argv, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                 "-machine", "q35", *Accel(kind=kind, why="").arguments, "-m", "32M",
-                "-drive", f"if=none,id=disk,file={disk},format=raw,readonly=on",
+                "-drive", f"if=none,id=disk,file={value(disk)},format=raw,readonly=on",
                 "-device", "virtio-blk-pci,drive=disk",
                 "-device", "isa-debug-exit,iobase=0xf4,iosize=1"]
         try:

@@ -71,10 +71,12 @@ def _limit(place: Path, limit: str, usage: str,
            prefix: str) -> Iterator[tuple[str, int, int, int]]:
     try:
         most = (place / limit).read_text().strip()
+        if most == "max":
+            return
         used = int((place / usage).read_text())
         stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+        cache = sum(int(stat.get(f"{prefix}{name}_file", 0)) for name in ("active", "inactive"))
+        found = str(place), int(most), used, cache
     except (OSError, ValueError):
         return
-    if most != "max":
-        cache = sum(int(stat.get(f"{prefix}{name}_file", 0)) for name in ("active", "inactive"))
-        yield str(place), int(most), used, cache
+    yield found

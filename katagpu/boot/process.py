@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from katagpu.boot.qemu import OLDEST, Qemu
+from katagpu.boot.qemu import OLDEST, Qemu, value
 from katagpu.boot.qmp import Monitor
 from katagpu.errors import KatagpuError, StepError
 from katagpu.run import Running, start, tail
@@ -77,9 +77,11 @@ class Process:
         return self._monitor
 
     def said(self) -> str:
-        """The last lines of its output."""
-        lines = tail(self.running.log).splitlines()
-        return "\n".join(line for line in lines if not line.startswith("$ "))
+        """The last lines of its output, without those of earlier runs in the same log."""
+        lines: list[str] = []
+        for line in tail(self.running.log).splitlines():
+            lines = [] if line.startswith("$ ") else [*lines, line]
+        return "\n".join(lines)
 
     def check(self) -> None:
         """Raises `StepError`, with the cause where it is known, when QEMU does not run."""
@@ -115,7 +117,7 @@ def running(qemu: Qemu, arguments: Sequence[str], *, monitor: Path, log: Path,
     """
     with contextlib.suppress(OSError):
         monitor.unlink(missing_ok=True)  # of a run that was killed
-    begun = start([*qemu.argv, *arguments, "-qmp", f"unix:{monitor},server=on,wait=off"],
+    begun = start([*qemu.argv, *arguments, "-qmp", f"unix:{value(monitor)},server=on,wait=off"],
                   env=qemu.env, log=log, terminal=terminal, pass_fds=descriptors)
     process = Process(begun, monitor)
     try:

@@ -98,6 +98,11 @@ def _stat(program: str) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
+def value(path: Path) -> str:
+    """A path as the value of an option that goes on after a comma."""
+    return str(path).replace(",", ",,")
+
+
 def command(root: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     """How QEMU of a root starts from outside: the command and its environment.
 
@@ -139,7 +144,7 @@ def find(own: Callable[[], Path], *, path: str = PATH) -> Qemu:
     `own` gives the root of the pipeline's own QEMU (`Context.emulator`); it is asked only where the
     host's cannot do all, and raises `UserError` where there is none to be had. Then the host's does
     what it can, without `vfio_user`, and a warning says so. Raises `UserError` where nothing will
-    do.
+    do, `StepError` where the pipeline's own is there and does not run.
     """
     host, said = _of_host(path)
     if host is not None and host.vfio_user:

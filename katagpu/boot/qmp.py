@@ -59,6 +59,7 @@ class Monitor:
         end = time.monotonic() + timeout
         while True:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.settimeout(timeout)  # else it waits for a place in a queue that is full
             try:
                 connection.connect(str(path))
                 break
@@ -94,8 +95,8 @@ class Monitor:
         if arguments:
             asked["arguments"] = arguments
         end = time.monotonic() + SECONDS
-        self._socket.settimeout(SECONDS)
         try:
+            self._socket.settimeout(SECONDS)
             self._socket.sendall(json.dumps(asked).encode() + b"\n")
         except TimeoutError:
             raise TookTooLong(f"QEMU does not take {command}") from None
@@ -106,9 +107,11 @@ class Monitor:
             if "event" in found:
                 self._events.append(found)
             elif found.get("id") == self._last:  # an older one is of a command given up
-                if "error" in found:
-                    error = found["error"]
+                error = found.get("error")
+                if isinstance(error, dict):
                     raise Refused(command, str(error.get("class")), str(error.get("desc")))
+                if "return" not in found:
+                    raise _foreign(json.dumps(found))
                 return found["return"]
 
     def wait_event(self, name: str, timeout: float,
@@ -143,8 +146,8 @@ class Monitor:
             if left <= 0:
                 self._check()
                 raise TookTooLong(f"{what} of QEMU's monitor did not come in time")
-            self._socket.settimeout(left)
             try:
+                self._socket.settimeout(left)
                 data = self._socket.recv(1 << 16)
             except TimeoutError:
                 continue
@@ -159,7 +162,7 @@ class Monitor:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise StepError(f"QEMU's monitor says what is not of its protocol: {line[:200]!r}")
+            raise _foreign(line.decode(errors="replace"))
         return found
 
     def _ended(self, refusal: OSError | None) -> None:
@@ -175,3 +178,7 @@ class Monitor:
         """Let go of the connection. May be called again."""
         with contextlib.suppress(OSError):
             self._socket.close()
+
+
+def _foreign(said: str) -> StepError:
+    return StepError(f"QEMU's monitor says what is not of its protocol: {said[:200]!r}")
