@@ -26,12 +26,13 @@ def available(proc: Path = PROC, groups: Path = GROUPS) -> tuple[int, str]:
     return min(found)
 
 
-def must_have(guest: int, proc: Path = PROC, groups: Path = GROUPS) -> None:
-    """Raises `UserError` when there is no memory for a guest of so many bytes, and for QEMU."""
+def must_have(guest: int, proc: Path = PROC, groups: Path = GROUPS, *, machines: int = 1) -> None:
+    """Raises `UserError` when there is no memory for guests of so many bytes, each in a QEMU."""
     free, whose = available(proc, groups)
-    if free < guest + OVERHEAD:
+    if free < machines * (guest + OVERHEAD):
+        guests = "the guest: it has" if machines == 1 else f"{machines} guests: each has"
         raise UserError(
-            f"there is not enough memory for the guest: it has {guest >> 20} MiB and QEMU takes "
+            f"there is not enough memory for {guests} {guest >> 20} MiB and QEMU takes "
             f"{OVERHEAD >> 20} MiB more, and {whose} has {free >> 20} MiB left",
             hint="end other programs, or raise the control group's limit")
 

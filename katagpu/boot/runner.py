@@ -92,7 +92,7 @@ def check(guest: Guest, setting: Setting) -> Report:
 
     Raises `UserError` for what the host lacks: memory, a QEMU that starts.
     """
-    memory.must_have(len(table.TABLE) * setting.memory << 20)
+    memory.must_have(setting.memory << 20, machines=len(table.TABLE))
     begun = time.monotonic()
     with ThreadPoolExecutor(max_workers=len(table.TABLE), thread_name_prefix="boot") as pool:
         futures = [pool.submit(_machine, guest, setting, boot) for boot in table.TABLE]

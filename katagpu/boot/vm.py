@@ -15,6 +15,7 @@ from pathlib import Path
 from katagpu.boot import kata
 from katagpu.boot.accel import Accel
 from katagpu.boot.gpu import RootPort
+from katagpu.boot.qemu import value
 
 PROBE = "/dev/katagpu-probe"  # in memory: the guest's root is read-only
 PORT = "katagpu"  # the probe's, as it looks for it
@@ -110,7 +111,7 @@ def arguments(machine: Machine) -> list[str]:
         *(["-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"]
           if machine.hot_plug is HotPlug.NATIVE else []),
         "-kernel", str(machine.kernel), "-append", " ".join(line),
-        "-serial", f"file:{machine.log}",
+        "-serial", f"file:{value(machine.log)}",
         *_devices(_listed(machine)), *machine.more]
 
 
@@ -128,7 +129,7 @@ def _listed(machine: Machine) -> Iterable[str]:
     yield ("-device pci-bridge,bus=pcie.0,id=pci-bridge-0,chassis_nr=1,shpc=off,addr=2,"
            "io-reserve=4k,mem-reserve=1m,pref64-reserve=1m")
     yield "-device virtio-serial-pci,id=serial0,max_ports=4"
-    yield f"-chardev socket,id=channel,path={machine.channel},server=on,wait=off"
+    yield f"-chardev socket,id=channel,path={value(machine.channel)},server=on,wait=off"
     yield f"-device virtserialport,bus=serial0.0,chardev=channel,name={PORT},nr=2"
     if machine.terminal:
         yield "-chardev null,id=console0"
@@ -154,7 +155,7 @@ def _root(machine: Machine) -> Iterable[str]:
         yield f"-initrd {machine.root}"
     elif machine.configuration.nvdimm:
         size = machine.root.stat().st_size
-        yield (f"-object memory-backend-file,id=mem0,mem-path={machine.root},size={size},"
+        yield (f"-object memory-backend-file,id=mem0,mem-path={value(machine.root)},size={size},"
                "readonly=on")
         yield "-device nvdimm,id=nv0,memdev=mem0,unarmed=on"
     else:
@@ -163,6 +164,6 @@ def _root(machine: Machine) -> Iterable[str]:
 
 def _disk(name: str, path: Path) -> Iterable[str]:
     """A read-only disk; its serial is its name."""
-    yield f"-drive id={name},file={path},aio=threads,format=raw,if=none,readonly=on"
+    yield f"-drive id={name},file={value(path)},aio=threads,format=raw,if=none,readonly=on"
     yield (f"-device virtio-blk-pci,disable-modern=false,drive={name},config-wce=off,"
            f"share-rw=on,serial={name}")

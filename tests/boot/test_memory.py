@@ -163,6 +163,13 @@ def test_enough_for_a_guest_and_for_qemu(host: Host) -> None:
     assert "end other programs" in str(refused.value.hint)
 
 
+def test_enough_for_two(host: Host) -> None:
+    host.has(2 * (1024 * MIB + memory.OVERHEAD))
+    memory.must_have(1024 * MIB, host.proc, host.groups, machines=2)
+    with pytest.raises(UserError, match="for 2 guests: each has 1025 MiB"):
+        memory.must_have(1025 * MIB, host.proc, host.groups, machines=2)
+
+
 def test_the_limit_that_is_too_small_is_named(host: Host) -> None:
     host.are_in("0::/build.slice")
     place = host.group("build.slice", 2048 * MIB, 0)
