@@ -6,6 +6,8 @@ not matter. The archive's signature is checked here, and later steps trust diges
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,14 +40,51 @@ def host_archive(distribution: str) -> dict[str, str]:
     if release.get("ID") != distribution:
         return {}
     codename = release.get("VERSION_CODENAME", "")
-    lines = run(["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)",
-                 "Created-By: Packages"], capture=True, check=False).stdout.decode()
+    # Without what Release files say, apt answers from its sources alone, whether it has lists or
+    # not (containers have none).
+    asked = run(["apt-get", "indextargets", "--no-release-info", "--format",
+                 "$(COMPONENT) $(RELEASE) $(REPO_URI)", "Created-By: Packages"],
+                capture=True, check=False)
+    if asked.status != 0:
+        log.warn(f"the host's apt sources: {asked.stderr.decode(errors='replace').strip()}")
     found: dict[str, str] = {}
-    for line in lines.splitlines():
-        words = line.split()
-        if len(words) == 3 and words[2] == "main" and words[1].startswith(codename):
-            found.setdefault(words[1].removeprefix(codename), words[0].rstrip("/"))
+    useless: dict[str, str] = {}
+    for line in asked.stdout.decode().splitlines():
+        words = line.split(maxsplit=2)
+        if len(words) == 3 and words[0] == "main" and words[1].startswith(codename):
+            suffix = words[1].removeprefix(codename)
+            address = _address(words[2].rstrip("/"))
+            if address is None:
+                useless.setdefault(suffix, words[2].rstrip("/"))
+            else:
+                found.setdefault(suffix, address)
+    for suffix, uri in useless.items():
+        if suffix not in found:
+            log.warn(f"the host's apt has {codename}{suffix} at {uri}, which gives no address of "
+                     "HTTP, HTTPS or a file")
     return found
+
+
+def _address(uri: str) -> str | None:
+    """Where a source of apt leads, if files can be fetched from there.
+
+    Of a mirror list (apt-transport-mirror(1)) that is the first HTTP or HTTPS address of those
+    with the lowest priority; one that has some files only (`arch:`, `type:` …) does not count.
+    """
+    if uri.startswith(("http://", "https://", "file:")):
+        return uri
+    if not uri.startswith("mirror+file:"):
+        return None
+    listed: list[tuple[float, str]] = []
+    with contextlib.suppress(OSError):
+        for line in Path(unquote(uri.removeprefix("mirror+file:"))).read_text(
+                errors="replace").splitlines():
+            address, *limits = line.split() or [""]
+            if address.startswith(("http://", "https://")) \
+                    and all(limit.startswith("priority:") for limit in limits):
+                ranks = [int(rank) for limit in limits if (rank := limit[9:]).isdecimal()]
+                listed.append((min(ranks, default=math.inf), address.rstrip("/")))
+    return min(listed, key=lambda item: item[0], default=(0, None))[1]
 
 
 class Apt:
