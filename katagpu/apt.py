@@ -26,6 +26,8 @@ from katagpu.store import writing
 _RELATIONS = ("Package", "Version", "Architecture", "Multi-Arch", "Essential", "Installed-Size",
               "Pre-Depends", "Depends", "Provides", "Conflicts", "Breaks", "Replaces")
 _URI = re.compile(r"^'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})$", re.MULTILINE)
+_PROXY = re.compile(r'^Acquire::(https?)::Proxy(?:::(\S+))? "([^"]+)";$',
+                    re.IGNORECASE | re.MULTILINE)
 
 
 def host_archive(distribution: str) -> dict[str, str]:
@@ -85,6 +87,26 @@ def _address(uri: str) -> str | None:
                 ranks = [int(rank) for limit in limits if (rank := limit[9:]).isdecimal()]
                 listed.append((min(ranks, default=math.inf), address.rstrip("/")))
     return min(listed, key=lambda item: item[0], default=(0, None))[1]
+
+
+def proxies() -> dict[str, str]:
+    """The proxies of the host's apt configuration, as `fetch_all` takes them.
+
+    One for a host goes before that of all, and https has those of http where it has none
+    (apt-transport-http(1), apt-transport-https(1)). DIRECT, or `false`, is none.
+    """
+    found: dict[str, dict[str, str]] = {"http": {}, "https": {}}
+    for scheme, host, proxy in _PROXY.findall(_network()):
+        value = "" if proxy.lower() in ("direct", "false") else proxy
+        found[scheme.lower()]["://" + host if host else ""] = value
+    found["https"] = {**found["http"], **found["https"]}
+    return {scheme + host: proxy for scheme, each in found.items() for host, proxy in each.items()}
+
+
+def _network() -> str:
+    """How the host's apt reaches the network, as apt.conf has it."""
+    return run(["apt-config", "dump", "--format", '%F "%v";%n', "Acquire::http", "Acquire::https"],
+               capture=True, check=False).stdout.decode()
 
 
 class Apt:
@@ -256,9 +278,7 @@ def _configuration(directory: Path, lists: Path, architecture: str) -> str:
         "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
     }
     own = "".join(f'{name} "{value}";\n' for name, value in settings.items())
-    host = run(["apt-config", "dump", "--format", '%F "%v";%n', "Acquire::http", "Acquire::https"],
-               capture=True, check=False).stdout.decode()
-    return f'{own}APT::Architectures {{ "{architecture}"; }};\n{host}'
+    return f'{own}APT::Architectures {{ "{architecture}"; }};\n{_network()}'
 
 
 def _cure(said: str) -> str:

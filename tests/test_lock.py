@@ -345,3 +345,17 @@ def test_sources_that_apt_cannot_read(host: Host, capfd: pytest.CaptureFixture[s
     (host.sources / "host.list").write_text("this is no source\n")
     assert apt.host_archive(host.id) == {}
     assert "the host's apt sources: E: Type 'this' is not known" in capfd.readouterr().err
+
+
+def test_the_proxies_of_the_host_s_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "apt.conf"
+    monkeypatch.setattr(run, "CLEAN", {**run.CLEAN, "APT_CONFIG": str(config)})
+    config.write_text('Acquire::http::Proxy ""; Dir::Etc::parts "/dev/null";\n')
+    assert apt.proxies() == {}
+    config.write_text('Dir::Etc::parts "/dev/null"; acquire::HTTP::proxy "http://near:3128";\n'
+                      'Acquire { http::Proxy { mirror.invalid DIRECT; }; https::Proxy false; };\n')
+    assert apt.proxies() == {
+        "http": "http://near:3128", "http://mirror.invalid": "",
+        "https": "", "https://mirror.invalid": ""}
+    config.write_text('Dir::Etc::parts "/dev/null"; Acquire::http::Proxy "http://near:3128";\n')
+    assert apt.proxies() == {"http": "http://near:3128", "https": "http://near:3128"}

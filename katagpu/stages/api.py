@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from katagpu import keys, sandbox
+from katagpu import apt, keys, sandbox
 from katagpu.errors import CorruptBlob, StepError
 from katagpu.fetch import Job, fetch_all
 from katagpu.lock import Deb
@@ -147,7 +147,7 @@ class Build:
         """The packages of a group as verified blobs, fetched where they are missing."""
         debs = self.stage.packages[group]
         self._fetch([(deb.url, deb.sha256, deb.size, f"{deb.package} {deb.version}")
-                     for deb in debs])
+                     for deb in debs], apt.proxies)
         return [self.store.sound(deb.sha256) for deb in debs]
 
     def download(self, name: str) -> Path:
@@ -157,7 +157,8 @@ class Build:
         self._fetch([(url, digest, None, name)])
         return self.store.sound(digest)
 
-    def _fetch(self, wanted: Sequence[tuple[str, str, int | None, str]]) -> None:
+    def _fetch(self, wanted: Sequence[tuple[str, str, int | None, str]],
+               proxies: Callable[[], Mapping[str, str]] = dict) -> None:
         """Fetch what the store lacks; stages side by side want the same packages."""
         def missing() -> list[tuple[str, str, int | None, str]]:
             return [item for item in wanted if not self.store.has(item[1], item[2])]
@@ -168,7 +169,7 @@ class Build:
             partial = self.store.root / "partial"
             jobs = [(Job(url=url, sha256=digest, size=size, what=what), partial / digest)
                     for url, digest, size, what in missing()]
-            fetch_all(jobs)
+            fetch_all(jobs, proxies=proxies())
             for job, path in jobs:
                 self.store.put(path, job.sha256)
 
