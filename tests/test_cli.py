@@ -187,6 +187,23 @@ def test_why(built: ToyRepository) -> None:
     assert built.run("why")[1] == out
 
 
+def test_why_of_a_fresh_clone(toy: ToyRepository) -> None:
+    """What would run, though nothing was resolved yet."""
+    (toy.out / "lock.json").unlink()
+    status, out, err = toy.run("why", "build_image")
+    lines = dict(line.split(": ", 1) for line in out.splitlines())
+    assert (status, err) == (0, "")
+    assert lines.pop("lock") == "miss: not made yet; it comes before all else"
+    assert lines == dict.fromkeys(ALL, "miss: there is no lock yet")
+    assert out.splitlines()[0].startswith("lock") and toy.made() == []
+
+
+def test_why_without_a_lock_knows_what_takes_no_packages(built: ToyRepository) -> None:
+    (built.out / "lock.json").unlink()
+    status, out, _err = built.run("why", "kernel")
+    assert status == 0 and "kernel: hit" in out.splitlines()
+
+
 def test_diff(toy: ToyRepository) -> None:
     toybuild.write(toy.out)
     toybuild.write(toy.out.parent / "535.1", driver="535.1", config=["CONFIG_SMP=y"])
