@@ -47,6 +47,16 @@ def results(toy: ToyRepository) -> set[str]:
         "lock.json", "logs", "build-record.json"}
 
 
+def test_commands_of_doit_for_a_state_that_is_not_kept(toy: ToyRepository) -> None:
+    shown = toy.run("help")[1]
+    for word in ("dumpdb", "forget", "ignore", "reset-dep", "strace", "clean", "info"):
+        status, out, err = toy.run(word, "build_image")
+        assert (status, out) == (1, "")
+        assert err.splitlines()[0] == f"error: there is no task {word!r}"
+        assert "Traceback" not in err
+        assert f"./doitw {word} " not in shown
+
+
 def test_list_explains_each_task_in_one_line(toy: ToyRepository) -> None:
     status, out, err = toy.run("list")
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
