@@ -45,6 +45,20 @@ def full_disk(root: Path, failure: KatagpuError) -> None:
                         "KATAGPU_STORE to a directory on a larger file system") from failure
 
 
+def tree_size(top: Path) -> int:
+    """Bytes of all files below a directory; one with several names counts once.
+
+    What this user may not look into (rootless trees have such directories) does not count.
+    """
+    sizes: dict[tuple[int, int], int] = {}
+    for directory, _names, files in os.walk(top):
+        for name in files:
+            with contextlib.suppress(OSError):
+                found = Path(directory, name).lstat()
+                sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
+
+
 def sync(path: Path) -> None:
     """fsync a file or directory by path."""
     handle = os.open(path, os.O_RDONLY)

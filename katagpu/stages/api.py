@@ -25,6 +25,7 @@ from katagpu.store import Action, Kind, Output, Store, writing
 from katagpu.tree import EPOCH
 
 Options = Mapping[str, Any]
+CCACHE_SIZE = "2G"  # of each compiler cache, which drops what is more by itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +246,7 @@ class Build:
             directory.mkdir(parents=True, exist_ok=True)
         return ([Bind(source=directory, target="/ccache", writable=True)],
                 {"CCACHE_DIR": "/ccache", "CCACHE_COMPILERCHECK": f"string:{compiler}",
-                 "CCACHE_NOHASHDIR": "1", "CCACHE_MAXSIZE": "2G"})
+                 "CCACHE_NOHASHDIR": "1", "CCACHE_MAXSIZE": CCACHE_SIZE})
 
     # outputs
 
