@@ -6,6 +6,8 @@ not matter. The archive's signature is checked here, and later steps trust diges
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +26,8 @@ from katagpu.store import writing
 _RELATIONS = ("Package", "Version", "Architecture", "Multi-Arch", "Essential", "Installed-Size",
               "Pre-Depends", "Depends", "Provides", "Conflicts", "Breaks", "Replaces")
 _URI = re.compile(r"^'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})$", re.MULTILINE)
+_PROXY = re.compile(r'^Acquire::(https?)::Proxy(?:::(\S+))? "([^"]+)";$',
+                    re.IGNORECASE | re.MULTILINE)
 
 
 def host_archive(distribution: str) -> dict[str, str]:
@@ -38,14 +42,71 @@ def host_archive(distribution: str) -> dict[str, str]:
     if release.get("ID") != distribution:
         return {}
     codename = release.get("VERSION_CODENAME", "")
-    lines = run(["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)",
-                 "Created-By: Packages"], capture=True, check=False).stdout.decode()
+    # Without what Release files say, apt answers from its sources alone, whether it has lists or
+    # not (containers have none).
+    asked = run(["apt-get", "indextargets", "--no-release-info", "--format",
+                 "$(COMPONENT) $(RELEASE) $(REPO_URI)", "Created-By: Packages"],
+                capture=True, check=False)
+    if asked.status != 0:
+        log.warn(f"the host's apt sources: {asked.stderr.decode(errors='replace').strip()}")
     found: dict[str, str] = {}
-    for line in lines.splitlines():
-        words = line.split()
-        if len(words) == 3 and words[2] == "main" and words[1].startswith(codename):
-            found.setdefault(words[1].removeprefix(codename), words[0].rstrip("/"))
+    useless: dict[str, str] = {}
+    for line in asked.stdout.decode().splitlines():
+        words = line.split(maxsplit=2)
+        if len(words) == 3 and words[0] == "main" and words[1].startswith(codename):
+            suffix = words[1].removeprefix(codename)
+            address = _address(words[2].rstrip("/"))
+            if address is None:
+                useless.setdefault(suffix, words[2].rstrip("/"))
+            else:
+                found.setdefault(suffix, address)
+    for suffix, uri in useless.items():
+        if suffix not in found:
+            log.warn(f"the host's apt has {codename}{suffix} at {uri}, which gives no address of "
+                     "HTTP, HTTPS or a file")
     return found
+
+
+def _address(uri: str) -> str | None:
+    """Where a source of apt leads, if files can be fetched from there.
+
+    Of a mirror list (apt-transport-mirror(1)) that is the first HTTP or HTTPS address of those
+    with the lowest priority; one that has some files only (`arch:`, `type:` …) does not count.
+    """
+    if uri.startswith(("http://", "https://", "file:")):
+        return uri
+    if not uri.startswith("mirror+file:"):
+        return None
+    listed: list[tuple[float, str]] = []
+    with contextlib.suppress(OSError):
+        for line in Path(unquote(uri.removeprefix("mirror+file:"))).read_text(
+                errors="replace").splitlines():
+            address, *limits = line.split() or [""]
+            if address.startswith(("http://", "https://")) \
+                    and all(limit.startswith("priority:") for limit in limits):
+                ranks = [int(rank) for limit in limits if (rank := limit[9:]).isdecimal()]
+                listed.append((min(ranks, default=math.inf), address.rstrip("/")))
+    return min(listed, key=lambda item: item[0], default=(0, None))[1]
+
+
+def proxies() -> dict[str, str]:
+    """The proxies of the host's apt configuration, as `fetch_all` takes them.
+
+    One for a host goes before that of all, and https has those of http where it has none
+    (apt-transport-http(1), apt-transport-https(1)). DIRECT, or `false`, is none.
+    """
+    found: dict[str, dict[str, str]] = {"http": {}, "https": {}}
+    for scheme, host, proxy in _PROXY.findall(_network()):
+        value = "" if proxy.lower() in ("direct", "false") else proxy
+        found[scheme.lower()]["://" + host if host else ""] = value
+    found["https"] = {**found["http"], **found["https"]}
+    return {scheme + host: proxy for scheme, each in found.items() for host, proxy in each.items()}
+
+
+def _network() -> str:
+    """How the host's apt reaches the network, as apt.conf has it."""
+    return run(["apt-config", "dump", "--format", '%F "%v";%n', "Acquire::http", "Acquire::https"],
+               capture=True, check=False).stdout.decode()
 
 
 class Apt:
@@ -217,9 +278,7 @@ def _configuration(directory: Path, lists: Path, architecture: str) -> str:
         "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
     }
     own = "".join(f'{name} "{value}";\n' for name, value in settings.items())
-    host = run(["apt-config", "dump", "--format", '%F "%v";%n', "Acquire::http", "Acquire::https"],
-               capture=True, check=False).stdout.decode()
-    return f'{own}APT::Architectures {{ "{architecture}"; }};\n{host}'
+    return f'{own}APT::Architectures {{ "{architecture}"; }};\n{_network()}'
 
 
 def _cure(said: str) -> str:

@@ -122,11 +122,17 @@ def _call(argv: Sequence[str | Path], cwd: Path) -> None:
         raise StepError(f"{argv[0]} ended with {result.returncode}:\n{result.stderr[-2000:]}")
 
 
+def _asked(context: Context) -> list[str]:
+    """The words for what is measured: the recipe and the driver, where one was named."""
+    return [f"{name}={value}" for name, value in context.values.items()
+            if name in ("recipe", "driver")]
+
+
 def _no_op(context: Context, rounds: int = 9) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "dodo.py").write_text(TRIVIAL)
         pairs = in_turns(
-            lambda: _call([context.root / "doitw", TASK], context.root),
+            lambda: _call([context.root / "doitw", *_asked(context), TASK], context.root),
             lambda: _call([sys.executable, "-m", "doit"], Path(scratch)), rounds)
     return ratio_line("nothing to do, over a trivial doit file", pairs, NO_OP)
 
@@ -163,7 +169,7 @@ def _changes(context: Context) -> None:
         place = root / context.directory.relative_to(context.root)
         place.mkdir(parents=True)
         shutil.copy(context.locks.path, place)
-        build = [sys.executable, "-m", "katagpu", f"recipe={context.recipe.name}"]
+        build = [sys.executable, "-m", "katagpu", *_asked(context)]
         path = root / "recipes" / f"{context.recipe.name}.yaml"
         was = context.recipe.driver.kernel_module
         now = KernelModule.CLOSED if was is KernelModule.OPEN else KernelModule.OPEN

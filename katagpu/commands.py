@@ -55,10 +55,14 @@ class RunTasks(Run):  # type: ignore[misc]  # doit has no type hints
 
 
 class Main(DoitMain):  # type: ignore[misc]
-    """doit under the name by which it is called here."""
+    """doit under the name by which it is called here.
+
+    Its other commands are for targets, `file_dep` and a state on disk, of which there is none, and
+    `info` for their status; `why` says what runs.
+    """
 
     BIN_NAME = "./doitw"
-    DOIT_CMDS = tuple(RunTasks if command is Run else command for command in DoitMain.DOIT_CMDS)
+    DOIT_CMDS = (RunTasks, Help, List)
 
 
 def run(argv: list[str]) -> int:

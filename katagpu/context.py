@@ -251,10 +251,21 @@ class Context:
             if stage not in self.sketch():
                 yield f"{stage}: not in this recipe"
                 continue
-            for line in self.plan.explain(stage):
+            for line in self._explained(stage):
                 if line not in said:
                     said.add(line)
                     yield line
+
+    def _explained(self, stage: str) -> Iterator[str]:
+        """Hit or miss of a stage and all below it; without a lock, of what takes no packages."""
+        if self.locked() is not None:
+            yield from self.plan.explain(stage)
+            return
+        yield "lock: miss: not made yet; it comes before all else"
+        plan = self.planned(self.outline)
+        for name in plan.closure(stage):
+            yield (f"{name}: hit" if plan.action(name) is not None
+                   else f"{name}: miss: there is no lock yet")
 
     def usage(self) -> None:
         """How to use the guest with Kata, and what it lacks."""

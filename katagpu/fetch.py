@@ -1,6 +1,7 @@
 """Files by HTTP, HTTPS and file URLs, side by side, with one bar on a terminal.
 
-Proxies come from the environment, certificates from it or from the system's store.
+Proxies come from the caller where it has some (packages have apt's), else from the environment,
+certificates from that or from the system's store.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from katagpu.download import Download, Fetched, Gone, Job, Shared
 
 if TYPE_CHECKING:
     import requests
+    from requests.adapters import HTTPAdapter
 
 __all__ = ["Fetched", "Gone", "Job", "fetch", "fetch_all"]
 
@@ -65,18 +67,20 @@ def fetch(job: Job, dest: Path, *, pauses: Sequence[float] = PAUSES) -> Fetched:
 
 def fetch_all(
     jobs: Sequence[tuple[Job, Path]], *, workers: int = 8, pauses: Sequence[float] = PAUSES,
+    proxies: Mapping[str, str] | None = None,
 ) -> list[Fetched]:
     """Fetch files side by side, each to its own path; results are in the order of `jobs`.
 
     A destination that already has its job's digest is not fetched again. The first failure stops
-    the rest; what has come is kept for the next time. Raises `UserError`, and `Gone` for a file
-    that the server does not have.
+    the rest; what has come is kept for the next time. `proxies` go before the environment's, but
+    not before its no_proxy: by `http`, `https` or `http://HOST`, empty for none. Raises
+    `UserError`, and `Gone` for a file that the server does not have.
     """
     if not jobs:
         return []
     what = jobs[0][0].what if len(jobs) == 1 else f"{len(jobs)} files"
     bar = Bar(what, sum(job.size or 0 for job, _ in jobs))
-    with contextlib.closing(bar), _session(workers) as session:
+    with contextlib.closing(bar), _session(workers, proxies or {}) as session:
         shared = Shared(session=session, progress=bar, pauses=pauses)
         downloads = [Download(job, dest, shared) for job, dest in jobs]
         if len(downloads) == 1:
@@ -93,9 +97,8 @@ def fetch_all(
 
 
 @contextlib.contextmanager
-def _session(workers: int) -> Iterator[requests.Session]:
+def _session(workers: int, proxies: Mapping[str, str]) -> Iterator[requests.Session]:
     import requests
-    from requests.adapters import HTTPAdapter
     with requests.Session() as session:
         # The bytes are wanted as they are stored: sizes and ranges count those.
         session.headers.update({"Accept-Encoding": "identity", "User-Agent": "katagpu"})
@@ -103,5 +106,21 @@ def _session(workers: int) -> Iterator[requests.Session]:
         system = str(SYSTEM_CERTIFICATES) if SYSTEM_CERTIFICATES.is_file() else True
         session.verify = given or system
         for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(pool_maxsize=workers))
+            session.mount(scheme, _adapter(workers, proxies))
         yield session
+
+
+def _adapter(workers: int, proxies: Mapping[str, str]) -> HTTPAdapter:
+    """What sends a session's requests, redirected ones too; a session's own proxies would come
+    after those of the environment."""
+    from requests.adapters import HTTPAdapter
+    from requests.utils import should_bypass_proxies
+
+    class Adapter(HTTPAdapter):
+        def send(self, request: requests.PreparedRequest, *words: Any, **more: Any,
+                 ) -> requests.Response:
+            if not should_bypass_proxies(request.url or "", no_proxy=None):
+                more["proxies"] = {**(more.get("proxies") or {}), **proxies}
+            return super().send(request, *words, **more)
+
+    return Adapter(pool_maxsize=workers)

@@ -10,7 +10,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from katagpu.errors import UserError
+from katagpu.errors import KatagpuError, UserError
+
+FULL = 16 << 20  # bytes free below which a failed step is put down to the disk
 
 
 @contextlib.contextmanager
@@ -28,6 +30,33 @@ def writing(root: Path) -> Iterator[None]:
             raise UserError(f"cannot write to {refusal.filename or root}: {refusal.strerror}",
                             hint="set KATAGPU_STORE to a directory that you may write") from None
         raise
+
+
+def full_disk(root: Path, failure: KatagpuError) -> None:
+    """Programs fail in many words when the disk is full: raise `UserError` where that is why.
+
+    `root` is the store's. Go says it in small letters, and of the sandbox's /tmp too.
+    """
+    free = shutil.disk_usage(root).free
+    if free < FULL or "No space left on device" in failure.what or (
+            free < 4 * FULL and "no space left on device" in failure.what):
+        raise UserError(f"{failure.what}\nno space is left in the store {root} "
+                        f"({free // 1_000_000} MB free)", hint="./doitw cache:gc, or set "
+                        "KATAGPU_STORE to a directory on a larger file system") from failure
+
+
+def tree_size(top: Path) -> int:
+    """Bytes of all files below a directory; one with several names counts once.
+
+    What this user may not look into (rootless trees have such directories) does not count.
+    """
+    sizes: dict[tuple[int, int], int] = {}
+    for directory, _names, files in os.walk(top):
+        for name in files:
+            with contextlib.suppress(OSError):
+                found = Path(directory, name).lstat()
+                sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 def sync(path: Path) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from katagpu import log
 from katagpu.errors import UserError
-from katagpu.run import PATH, run
+from katagpu.run import CLEAN, PATH, run
 
 PROGRAMS: Mapping[str, str] = {
     "apt-get": "apt",
@@ -42,12 +44,16 @@ UTIL_LINUX = (2, 38)
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """The build host as this module sees it; tests give another one."""
+    """The build host as this module sees it; tests give another one.
+
+    `terminal` says that somebody can type a password.
+    """
 
     root: bool = field(default_factory=lambda: os.geteuid() == 0)
     path: str = PATH
     prefix: Path = Path("/")
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    terminal: bool = field(default_factory=lambda: sys.stdin.isatty() and sys.stderr.isatty())
 
 
 def missing(host: Host) -> list[str]:
@@ -98,43 +104,59 @@ def _install(packages: Sequence[str], host: Host) -> None:
         raise UserError(f"{what}, and has no apt-get", hint="builds run on Debian and Ubuntu")
     if host.environment.get("KATAGPU_NO_INSTALL") == "1":
         raise UserError(f"{what}, and KATAGPU_NO_INSTALL=1 forbids to install it", hint=by_hand)
-    become = [] if host.root else ["sudo", "-n"]
-    if become and not _may_sudo(host):
-        raise UserError(f"{what}, and there is no right to install it (root, or sudo without a "
-                        "password)", hint=by_hand)
+    become = [] if host.root else _sudo(host, by_hand)
+    if become is None:
+        raise UserError(f"{what}, and there is no right to install it (root, or sudo; a password "
+                        "can be asked for on a terminal only)", hint=by_hand)
     log.say(f"{what}; installing:\n  {by_hand}")
     updated = not _known(packages, host)
     if updated:
-        _apt([*become, "apt-get", "update"], host)
+        _apt(become, ["apt-get", "update"], host)
     try:
-        _apt([*become, *line], host)
+        _apt(become, line, host)
     except UserError:
         if updated:
             raise
         log.warn("that failed; once more with fresh package lists")
-        _apt([*become, "apt-get", "update"], host)
-        _apt([*become, *line], host)
+        _apt(become, ["apt-get", "update"], host)
+        _apt(become, line, host)
 
 
-def _may_sudo(host: Host) -> bool:
-    return (shutil.which("sudo", path=host.path) is not None
-            and run(["sudo", "-n", "true"], check=False, env={"PATH": host.path}).status == 0)
+def _sudo(host: Host, by_hand: str) -> list[str] | None:
+    """What makes this user root, for which it may ask for a password; None where nothing does."""
+    if shutil.which("sudo", path=host.path) is None:
+        return None
+    if run(["sudo", "-n", "true"], check=False, env={"PATH": host.path}).status == 0:
+        return ["sudo", "-n"]
+    prompt = f"to run `{by_hand}`\n[sudo] password for %p: "
+    asked = host.terminal and _on_terminal(["sudo", "-p", prompt, "-v"], host) == 0
+    return ["sudo"] if asked else None
+
+
+def _on_terminal(argv: Sequence[str], host: Host) -> int:
+    """Run a program in our own session, where sudo may ask, and knows what it was told."""
+    return subprocess.run(argv, check=False, stdout=2,
+                          env={**CLEAN, "PATH": host.path}).returncode
 
 
 def _known(packages: Sequence[str], host: Host) -> bool:
     return run(["apt-cache", "show", *packages], check=False, env={"PATH": host.path}).status == 0
 
 
-def _apt(argv: Sequence[str], host: Host) -> None:
+def _apt(become: Sequence[str], argv: Sequence[str], host: Host) -> None:
     proxies = {name: value for name, value in host.environment.items()
                if name.lower() in {"http_proxy", "https_proxy", "no_proxy"}}
-    noninteractive = {"DEBIAN_FRONTEND": "noninteractive", "PATH": host.path, **proxies}
-    if argv[0] == "sudo":
+    noninteractive = {"DEBIAN_FRONTEND": "noninteractive", **proxies}
+    if become:
         # sudo clears the environment.
-        words = [f"{name}={value}" for name, value in noninteractive.items() if name != "PATH"]
-        argv = [*argv[:2], "env", *words, *argv[2:]]
-    result = run(argv, check=False, capture=True, env=noninteractive)
-    if result.status != 0:
-        said = result.stdout.decode(errors="replace").strip()
-        raise UserError(f"{' '.join(argv)} failed with status {result.status}:\n{said[-2000:]}",
+        words = [f"{name}={value}" for name, value in noninteractive.items()]
+        argv = [*become, "env", *words, *argv]
+    said = ""
+    if become == ["sudo"]:
+        status = _on_terminal(argv, host)
+    else:
+        result = run(argv, check=False, capture=True, env={**noninteractive, "PATH": host.path})
+        status, said = result.status, result.stdout.decode(errors="replace").strip()
+    if status != 0:
+        raise UserError(f"{' '.join(argv)} failed with status {status}:\n{said[-2000:]}",
                         hint="is the network there, and are apt's sources right?")

@@ -69,8 +69,8 @@ def verify(tarball: Path, signature: Path, keys: Path) -> str:
     signers = [line[-1] for line in words if line[0] == "VALIDSIG"]
     if status != 0 or bad or not signers:
         raise StepError(f"the signature of {tarball.name} is not good (gpgv: {_why(words)})", hint=(
-            f"remove {tarball} and {signature.name} and try again; if it stays so, do not build "
-            "this kernel"))
+            "run the same command again, which fetches it anew; if it stays so, do not build this "
+            "kernel"))
     strangers = [signer for signer in signers if signer not in pinned]
     if strangers:
         raise StepError(f"{tarball.name} is signed by {', '.join(strangers)}, which is not among "
@@ -129,5 +129,6 @@ def _gpgv(tarball: Path, signature: Path, keyring: Path) -> tuple[int, str]:
         os.close(reader)
         feeder.join()
     if failures:
-        raise StepError(f"{tarball} is damaged: {failures[0]}", hint="remove it and try again")
+        raise StepError(f"{tarball} is damaged: {failures[0]}",
+                        hint="run the same command again, which fetches it anew")
     return result.status, result.stdout.decode(errors="replace")

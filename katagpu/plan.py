@@ -7,7 +7,6 @@ key by content, so a stage that runs again and puts out the same bytes stops the
 from __future__ import annotations
 
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -16,11 +15,11 @@ from typing import Any
 
 from katagpu import keys, log, sandbox
 from katagpu.errors import CorruptBlob, StepError, UserError
+from katagpu.files import full_disk
 from katagpu.stages.api import Build, Stage
 from katagpu.store import Action, Output, Store, writing
 
 _DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
-FULL = 16 << 20  # bytes free below which a failed step is put down to the disk
 TRIES = 3  # a damaged blob is dropped and remade; more than two of them is a broken disk
 
 
@@ -188,15 +187,6 @@ class Plan:
         for stage in self.closure(name):
             state = self.reason(stage)
             yield f"{stage}: hit" if state == "hit" else f"{stage}: miss: {state}"
-
-
-def full_disk(root: Path, failure: StepError) -> None:
-    """Programs fail in many words when the disk is full: raise `UserError` where that is why."""
-    free = shutil.disk_usage(root).free
-    if free < FULL or "No space left on device" in failure.what:
-        raise UserError(f"{failure.what}\nno space is left in the store {root} "
-                        f"({free // 1_000_000} MB free)", hint="./doitw cache:gc, or set "
-                        "KATAGPU_STORE to a directory on a larger file system") from failure
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

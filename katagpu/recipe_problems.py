@@ -58,7 +58,7 @@ def problems(recipe: Recipe, name: str, root: Path) -> Iterator[Problem]:
     yield from _driver(recipe)
     yield from _other_drivers(recipe, root)
     yield from _toolkit(recipe, root)
-    yield from _agent(recipe)
+    yield from _agent(recipe, root)
     yield from _image(recipe)
     yield from _beside_driver(recipe, root)
 
@@ -270,7 +270,7 @@ def _services(recipe: Recipe, root: Path) -> Iterator[Problem]:
             yield where, f"{service.value!r} is there twice", "remove one"
 
 
-def _agent(recipe: Recipe) -> Iterator[Problem]:
+def _agent(recipe: Recipe, root: Path) -> Iterator[Problem]:
     agent = recipe.agent
     if agent is None:
         return
@@ -281,6 +281,10 @@ def _agent(recipe: Recipe) -> Iterator[Problem]:
     if (agent.release is None) != (agent.sha256 is None):
         yield (("agent",), "`release` and `sha256` belong together",
                "sha256 is the digest of the release tarball")
+    for form, name in (("file", agent.file), ("image", agent.image)):
+        if name is not None and not (root / name).is_file():
+            yield (("agent", form), f"there is no file {root / name}",
+                   "a relative path starts at the repository's root")
 
 
 def _image(recipe: Recipe) -> Iterator[Problem]:

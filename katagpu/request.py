@@ -8,6 +8,7 @@ from typing import Any
 
 from msgspec import to_builtins
 
+from katagpu import log
 from katagpu.apt import host_archive
 from katagpu.aptview import Pin
 from katagpu.errors import UserError
@@ -227,10 +228,14 @@ def archives(distribution: Distribution, root: Path) -> tuple[Archive, ...]:
     suite = distribution.suite
     components = distribution.components or COMPONENTS[distribution.id]
     keyring = str((root / distribution.keyring).absolute())
-    host = host_archive(distribution.id) if distribution.mirror == "host" else {}
-    main = (host.get("") or distribution.fallback_mirror if distribution.mirror == "host"
-            else distribution.mirror)
-    security = host.get("-security") or distribution.security_mirror
+    main, security = distribution.mirror, distribution.security_mirror
+    if distribution.mirror == "host":
+        host = host_archive(distribution.id)
+        main = host.get("") or distribution.fallback_mirror
+        security = host.get("-security") or security
+        if "" not in host:
+            log.warn(f"`mirror: host`: this host's apt has no {distribution.id} to offer; "
+                     f"{suite} comes from `fallback_mirror`, {main}")
     found = [Archive(uri=main, suites=_suites(suite, security is not None),
                      components=components, keyring=keyring)]
     if security is not None:

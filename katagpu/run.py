@@ -93,7 +93,9 @@ def kill_all() -> None:
 def die_cleanly_on_signals() -> None:
     """SIGINT, SIGTERM and SIGHUP end our programs and then us, with status 128 + signal.
 
-    The store is crash-only (staging, rename), so nothing else needs to be undone.
+    The store is crash-only (staging, rename), so nothing else needs to be undone. A signal that
+    is ignored when we start stays so: nohup(1) asks for that, and a shell without job control for
+    what it runs in the background.
     """
 
     def handler(number: int, _frame: FrameType | None) -> None:
@@ -105,7 +107,8 @@ def die_cleanly_on_signals() -> None:
         os._exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, handler)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def tail(path: Path, lines: int = TAIL_LINES) -> str:

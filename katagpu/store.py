@@ -30,6 +30,7 @@ from katagpu import log
 from katagpu.errors import CorruptBlob, StepError, UserError
 from katagpu.files import clone_or_copy as clone_or_copy
 from katagpu.files import sync as sync
+from katagpu.files import tree_size
 from katagpu.files import writing as writing
 from katagpu.keys import file_digest, readable_digest
 
@@ -323,24 +324,29 @@ class Store:
                 self.drop(path.name)
         return damaged
 
-    def usage(self) -> int:
-        """Bytes of all blobs."""
-        return sum(path.stat().st_size for path in (self.root / "blobs" / "sha256").glob("*"))
+    def usage(self) -> dict[str, int]:
+        """Bytes by directory of the store."""
+        return {path.name: tree_size(path) for path in self.root.glob("*/")}
+
+    def counted(self) -> int:
+        """Bytes that the store's limit is for: all but ccache, which keeps a limit of its own."""
+        return sum(tree_size(path) for path in self.root.glob("*/") if path.name != "ccache")
 
     def gc(self, limit: int, remove: Callable[[Path], None]) -> int:
-        """Drop least recently used actions until the blobs fit `limit` bytes; bytes freed.
+        """Drop least recently used actions until the store fits `limit` bytes; bytes freed.
 
-        Unpacked copies and blobs that no action names (fetched packages) go first. The caller
-        holds the exclusive lease.
+        Unpacked copies, downloads that were broken off, and blobs that no action names (fetched
+        packages) go first. The caller holds the exclusive lease: nobody needs them now.
         """
-        before = self.usage()
+        before = self.counted()
         self._sweep(remove)
         for part in (self.root / "actions").glob(".*.part"):  # with the exclusive lease: nobody's
             part.unlink(missing_ok=True)
-        for entry in (self.root / "unpacked").iterdir():
-            remove(entry)
+        for name in ("unpacked", "partial"):
+            for entry in (self.root / name).iterdir():
+                remove(entry)
         keep: set[str] = set()
-        total = 0
+        total = self.counted() - tree_size(self.root / "blobs")
         for digest, _used, action in self.actions():
             blobs = {output.blob: output.size for output in action.outputs.values()}
             cost = sum(size for blob, size in blobs.items() if blob not in keep)
@@ -355,7 +361,7 @@ class Store:
         for path in (self.root / "checked").iterdir():
             if not self.has(path.name):
                 path.unlink()
-        return before - self.usage()
+        return before - self.counted()
 
 
 def _own(path: Path) -> int:

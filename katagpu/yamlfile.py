@@ -50,19 +50,24 @@ class YamlFile:
 
     def __init__(self, path: Path, text: str) -> None:
         self.path = path
-        loader = yaml.SafeLoader(text)
         try:
-            self._node = loader.get_single_node()
-            self._refuse_odd_keys(self._node)
-            self.data: Any = loader.construct_document(self._node) if self._node else None
+            loader = yaml.SafeLoader(text)
+            try:
+                self._node = loader.get_single_node()
+                self._refuse_odd_keys(self._node)
+                self.data: Any = loader.construct_document(self._node) if self._node else None
+            finally:
+                loader.dispose()
         except yaml.MarkedYAMLError as bad:
             mark = bad.problem_mark or bad.context_mark
             where = f"{path}:{mark.line + 1}" if mark else f"{path}"
             raise UserError(f"{where}: this is not YAML: {bad.problem}") from None
-        except yaml.YAMLError as bad:
+        except yaml.reader.ReaderError as bad:
+            line = text.count("\n", 0, bad.position) + 1
+            raise UserError(f"{path}:{line}: this is not YAML: the character "
+                            f"U+{bad.character:04X} may not stand in it") from None
+        except (yaml.YAMLError, ValueError) as bad:  # ValueError: a date with a thirteenth month
             raise UserError(f"{path}: this is not YAML: {bad}") from None
-        finally:
-            loader.dispose()
 
     def _refuse_odd_keys(self, node: yaml.Node | None) -> None:
         """YAML itself lets a repeated field overwrite the first one, and reads `on:` as true."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from katagpu import bench
+from katagpu.context import Context
 
 
 def test_a_ratio_is_the_median_of_pairs() -> None:
@@ -58,3 +60,19 @@ def test_a_change_is_compared_with_what_it_needs(modules: dict[str, Any], said: 
         {"stage": "rootfs", "hit": False, "wall": 5.0},
         {"stage": "image", "hit": False, "wall": 10.0}]}
     assert bench.change_line("flavour", 110.0, build, ["driver_modules", "image"]) == said
+
+
+def test_what_was_asked_for_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[object]] = []
+
+    def call(argv: list[object], _cwd: Path) -> None:
+        called.append(argv)
+        time.sleep(0.001)
+
+    monkeypatch.setattr(bench, "_call", call)
+    asked = {"all": "1", "recipe": "ubuntu-lts", "driver": "580.95.05"}
+    bench._no_op(Context(tmp_path, asked, {}), rounds=1)
+    assert called[0] == [tmp_path / "doitw", "recipe=ubuntu-lts", "driver=580.95.05", "build_image"]
+    called.clear()
+    bench._no_op(Context(tmp_path, {}, {}), rounds=1)
+    assert called[0] == [tmp_path / "doitw", "build_image"]

@@ -47,6 +47,16 @@ def results(toy: ToyRepository) -> set[str]:
         "lock.json", "logs", "build-record.json"}
 
 
+def test_commands_of_doit_for_a_state_that_is_not_kept(toy: ToyRepository) -> None:
+    shown = toy.run("help")[1]
+    for word in ("dumpdb", "forget", "ignore", "reset-dep", "strace", "clean", "info"):
+        status, out, err = toy.run(word, "build_image")
+        assert (status, out) == (1, "")
+        assert err.splitlines()[0] == f"error: there is no task {word!r}"
+        assert "Traceback" not in err
+        assert f"./doitw {word} " not in shown
+
+
 def test_list_explains_each_task_in_one_line(toy: ToyRepository) -> None:
     status, out, err = toy.run("list")
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
@@ -187,6 +197,23 @@ def test_why(built: ToyRepository) -> None:
     assert built.run("why")[1] == out
 
 
+def test_why_of_a_fresh_clone(toy: ToyRepository) -> None:
+    """What would run, though nothing was resolved yet."""
+    (toy.out / "lock.json").unlink()
+    status, out, err = toy.run("why", "build_image")
+    lines = dict(line.split(": ", 1) for line in out.splitlines())
+    assert (status, err) == (0, "")
+    assert lines.pop("lock") == "miss: not made yet; it comes before all else"
+    assert lines == dict.fromkeys(ALL, "miss: there is no lock yet")
+    assert out.splitlines()[0].startswith("lock") and toy.made() == []
+
+
+def test_why_without_a_lock_knows_what_takes_no_packages(built: ToyRepository) -> None:
+    (built.out / "lock.json").unlink()
+    status, out, _err = built.run("why", "kernel")
+    assert status == 0 and "kernel: hit" in out.splitlines()
+
+
 def test_diff(toy: ToyRepository) -> None:
     toybuild.write(toy.out)
     toybuild.write(toy.out.parent / "535.1", driver="535.1", config=["CONFIG_SMP=y"])
@@ -315,8 +342,11 @@ def test_an_initrd_of_a_guest_whose_driver_has_a_disk_is_refused(built: ToyRepos
 def test_cache_tasks(built: ToyRepository) -> None:
     status, out, _err = built.run("cache:list")
     assert status == 0
-    assert len(out.splitlines()) == len(ALL) + 1
-    assert str(built.store) in out.splitlines()[-1]
+    lines = out.splitlines()
+    assert len(lines) == len(ALL) + 6
+    assert "unpacked copies; cache:gc drops them" in lines[-5]
+    assert "ccache; not counted below, it keeps each compiler's part under 2GB" in lines[-2]
+    assert f" in {built.store}; cache:gc makes that at most 20.0 GB" in lines[-1]
     assert built.run("cache:verify")[:2] == (0, "every blob is what its name says\n")
     blob = next((built.store / "blobs/sha256").iterdir())
     blob.chmod(0o644)

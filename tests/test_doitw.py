@@ -165,6 +165,30 @@ def test_without_pip_it_says_the_apt_line(root: Path) -> None:
     assert not (root / ".venv").exists()
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_sudo_asks_on_a_terminal_only(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool,
+) -> None:
+    monkeypatch.delenv("KATAGPU_NO_INSTALL")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, script in (("id", "echo 1000"), ("apt-get", "exit 9"), ("sudo", (
+            f'echo "$*" >>"{tmp_path}/asked"; [ "$1" != -n ]'))):
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    master, slave = os.openpty()
+    ends = slave if terminal else subprocess.DEVNULL
+    status = subprocess.run(
+        [*debian(library(), WHEELS, PACKAGES), str(root / "doitw")], stdin=ends, stderr=ends,
+        env={**os.environ, "PATH": f"{tools}:{SYSTEM_PATH}"}, check=False).returncode
+    os.close(slave)
+    os.close(master)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    line = "apt-get install -y --no-install-recommends python3-venv"
+    assert status == 1  # this sudo installs nothing
+    assert asked == (["-n true", line] if terminal else ["-n true"])
+
+
 @pytest.mark.skipif(not Path(WHEELS).is_dir(), reason="needs python3-pip-whl")
 def test_without_ensurepip_the_wheel_of_the_distribution_is_enough(root: Path) -> None:
     said = doitw(root, prefix=debian(library(), PACKAGES), path=SYSTEM_PATH)

@@ -312,3 +312,33 @@ def test_importing_it_is_cheap() -> None:
     code = "import sys, katagpu.fetch; print({'requests', 'tqdm', 'urllib3'} & set(sys.modules))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "set()"
+
+
+def test_a_caller_s_proxies_go_before_the_environment_s(
+    site: Any, page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The site is the proxy, and is asked for whole addresses."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    url = "http://mirror.invalid/f"
+    site.pages[url] = page(body=BODY)
+    fetch_all([(job(url), tmp_path / "f")], pauses=(), proxies={"http": site.base})
+    assert [path for path, *_ in site.asked] == [url]
+    # its own host without one, though the environment and `http` have one
+    fetch_all([(job(site.add("g", BODY)), tmp_path / "g")], pauses=(),
+              proxies={"http": "http://127.0.0.1:9", "http://127.0.0.1": ""})
+    # and what no_proxy names has none
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    fetch_all([(job(site.add("h", BODY)), tmp_path / "h")], pauses=(),
+              proxies={"http": "http://127.0.0.1:9"})
+    assert (tmp_path / "g").read_bytes() == (tmp_path / "h").read_bytes() == BODY
+
+
+def test_a_redirected_request_has_the_proxy_of_its_host(
+    site: Any, page: Any, tmp_path: Path,
+) -> None:
+    there = "http://mirror.invalid/f"
+    site.pages[there] = page(body=BODY)
+    url = site.add("f", page(status=302, headers={"Location": there}))
+    fetch_all([(job(url), tmp_path / "f")], pauses=(),
+              proxies={"http": site.base, "http://127.0.0.1": ""})
+    assert [path for path, *_ in site.asked] == ["/f", there]

@@ -43,9 +43,10 @@ echo "$*" >>{self.calls}
 [ "$(grep -c install {self.calls})" -gt {fails} ] || {{ echo stale lists; exit 100; }}
 printf '#!/bin/sh\\n' >{self.bin}/mmdebstrap; chmod +x {self.bin}/mmdebstrap""")
 
-    def host(self, *, root: bool = True, **environment: str) -> Host:
+    def host(self, *, root: bool = True, terminal: bool = False, **environment: str) -> Host:
         """The host; the real tools come after the toy's."""
-        return Host(root=root, path=str(self.bin), prefix=self.prefix, environment=environment)
+        return Host(root=root, path=str(self.bin), prefix=self.prefix, environment=environment,
+                    terminal=terminal)
 
     def said(self) -> list[str]:
         """How apt-get was called."""
@@ -144,6 +145,37 @@ def test_sudo_without_a_password(toy: Toy) -> None:
     assert toy.said() == [
         "sudo -n true", "sudo -n env DEBIAN_FRONTEND=noninteractive "
         f"http_proxy=http://proxy.invalid apt-get {LINE}", LINE]
+
+
+ASKS = """
+echo "sudo $*" >>{calls}
+case $1 in
+-n) exit 1 ;;
+-p) echo "$2" >&2; exit {status} ;;
+esac
+exec "$@"
+"""
+
+
+def test_on_a_terminal_sudo_asks(toy: Toy, capfd: pytest.CaptureFixture[str]) -> None:
+    toy.apt(known=False)
+    (toy.bin / "mmdebstrap").unlink()
+    toy.tool("sudo", ASKS.format(calls=toy.calls, status=0))
+    ensure_host(toy.host(root=False, terminal=True, http_proxy="http://proxy.invalid"))
+    more = "env DEBIAN_FRONTEND=noninteractive http_proxy=http://proxy.invalid apt-get"
+    assert [line for line in toy.said() if not line.startswith(("sudo -p", "[sudo]"))] == [
+        "sudo -n true", f"sudo {more} update", "update", f"sudo {more} {LINE}", LINE]
+    # what it is for, before the password
+    assert f"to run `sudo apt-get {LINE}`\n[sudo] password for %p: " in capfd.readouterr().err
+
+
+def test_a_wrong_password_stops_with_the_line(toy: Toy) -> None:
+    toy.apt()
+    (toy.bin / "mmdebstrap").unlink()
+    toy.tool("sudo", ASKS.format(calls=toy.calls, status=1))
+    with pytest.raises(UserError, match="no right") as caught:
+        ensure_host(toy.host(root=False, terminal=True))
+    assert caught.value.hint == f"sudo apt-get {LINE}"
 
 
 def test_a_host_without_apt(toy: Toy) -> None:

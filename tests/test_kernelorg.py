@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,7 @@ from msgspec.structs import replace
 from katagpu import kernelorg, recipe
 from katagpu import keys as keys_module
 from katagpu.errors import StepError, UserError
-from katagpu.fetch import Gone
+from katagpu.fetch import Gone, fetch_all
 from katagpu.lock import Lock
 from katagpu.plan import Plan
 from katagpu.schema import KernelSource
@@ -214,6 +215,37 @@ def test_stage_fails_on_a_strangers_signature(
     with pytest.raises(StepError, match="not good"):
         plan.ensure("kernel_source")
     assert plan.action("kernel_source") is None
+
+
+def test_stage_goes_on_with_an_interrupted_tarball(
+        site: Any, page: Any, signers: tuple[Signer, Signer], keys: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = lzma.compress(TAR)
+    serve(site, signers[0].sign(TAR))
+    tarball = "v6.x/linux-6.12.3.tar.xz"
+    site.add(tarball, page(body=packed, cuts=9, cut_at=20))
+    monkeypatch.setattr(kernelorg, "fetch_all", partial(fetch_all, pauses=()))
+    plan, _root = make_stage(site, keys, tmp_path)
+    with pytest.raises(UserError, match="broke off") as failure:
+        plan.ensure("kernel_source")
+    assert "run the same command again, it goes on from there" in str(failure.value)
+    site.add(tarball, packed)
+    site.asked.clear()
+    plan.ensure("kernel_source")
+    assert [(wanted, status) for path, wanted, _match, status in site.asked
+            if path == f"/{tarball}"] == [("bytes=20-", 206)]
+    (place,) = (plan.store.root / "partial").iterdir()
+    assert list(place.iterdir()) == []
+
+
+def test_stage_fetches_a_release_anew_that_was_not_good(
+        site: Any, signers: tuple[Signer, Signer], keys: Path, tmp_path: Path) -> None:
+    serve(site, signers[0].sign(TAR), lzma.compress(TAR)[:-20])
+    plan, _root = make_stage(site, keys, tmp_path)
+    with pytest.raises(StepError, match="damaged"):
+        plan.ensure("kernel_source")
+    serve(site, signers[0].sign(TAR))
+    assert plan.ensure("kernel_source").record["signed_by"] == signers[0].fingerprint
 
 
 def test_other_pinned_keys_fetch_and_verify_again(

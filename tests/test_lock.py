@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from katagpu import apt, lock, resolve
+from katagpu import apt, lock, resolve, run
 from katagpu.errors import UserError
 from katagpu.lock import Group, LocalDeb
 from tests.toyarchive import ToyArchive, missing, served, signing_keys
@@ -248,9 +248,114 @@ def test_a_full_disk_keeps_the_old_lock(tmp_path: Path, tiny: object) -> None:
     assert lock.read(place / "lock.json") == old
 
 
-def test_the_host_s_archive_is_its_own_distribution_s() -> None:
+# the host's own archive
+
+
+class Host:
+    """An apt of the host with other sources, and lists or none of them."""
+
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        release = dict(line.split("=", 1) for line in
+                       Path("/etc/os-release").read_text().splitlines() if "=" in line)
+        self.id = release["ID"].strip('"')
+        self.suite = release.get("VERSION_CODENAME", "").strip('"')
+        if not self.suite:
+            pytest.skip("the host has no code name")
+        self.mirrors = place / "mirrors/debian.list"
+        self.mirrors.parent.mkdir()
+        self.sources = place / "sources.list.d"
+        self.sources.mkdir()
+        (place / "state/lists/partial").mkdir(parents=True)
+        config = place / "apt.conf"
+        config.write_text(f'Dir::Etc::sourcelist "/dev/null"; Dir::State "{place}/state";\n'
+                          f'Dir::Etc::sourceparts "{self.sources}";\n')
+        monkeypatch.setattr(run, "CLEAN", {**run.CLEAN, "APT_CONFIG": str(config)})
+
+    def has(self, *uris: str) -> None:
+        """One stanza for each address, of the suite and its updates; the last is security's."""
+        (self.sources / "host.sources").write_text("\n".join(
+            f"Types: deb deb-src\nURIs: {uri}\nSuites: {suites}\nComponents: main\n"
+            for uri in uris for suites in (
+                f"{self.suite}-security" if "security" in uri
+                else f"{self.suite} {self.suite}-updates",)))
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """The host's apt without any lists."""
+    return Host(tmp_path, monkeypatch)
+
+
+def test_the_host_s_archive_is_its_own_distribution_s(host: Host) -> None:
+    host.has("http://near.invalid/debian")
     assert apt.host_archive("no-such-distribution") == {}
-    release = Path("/etc/os-release").read_text()
-    if "ID=debian" in release.split() and Path("/var/lib/apt/lists").exists():
-        assert all(url.startswith(("http", "file", "mirror", "cdrom"))
-                   for url in apt.host_archive("debian").values())
+
+
+def test_the_host_s_archive_is_known_without_lists(
+    host: Host, capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A container has none."""
+    host.has("http://near.invalid/debian", "http://near.invalid/security/")
+    (host.sources / "more.list").write_text(f"deb http://far.invalid/debian {host.suite} main\n")
+    assert apt.host_archive(host.id) == {
+        "": "http://near.invalid/debian", "-updates": "http://near.invalid/debian",
+        "-security": "http://near.invalid/security"}
+    assert capfd.readouterr().err == ""
+
+
+def test_a_mirror_list_is_its_first_address(
+    host: Host, capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As Debian's and Ubuntu's images for clouds have it."""
+    host.has(f"mirror+file://{host.mirrors}")
+    host.mirrors.write_text("# a comment\n\nfile:/srv/debian\nhttps://one.invalid/debian/\n"
+                            "http://two.invalid/debian\n")
+    assert apt.host_archive(host.id)[""] == "https://one.invalid/debian"
+    host.mirrors.write_text("http://late.invalid/debian\n"
+                            "http://part.invalid/debian\tpriority:1 arch:arm64\n"
+                            "http://two.invalid/debian\tpriority:2\n")
+    assert apt.host_archive(host.id)[""] == "http://two.invalid/debian"
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [None, "", "mirror+http://x.invalid/list\n", "http\n"])
+def test_a_mirror_list_without_an_address(
+    host: Host, capfd: pytest.CaptureFixture[str], content: str | None,
+) -> None:
+    host.has(f"mirror+file:{host.mirrors}")
+    if content is not None:
+        host.mirrors.write_text(content)
+    assert apt.host_archive(host.id) == {}
+    assert f"at mirror+file:{host.mirrors}, which gives no address" in capfd.readouterr().err
+
+
+def test_sources_from_which_nothing_can_be_fetched(
+    host: Host, capfd: pytest.CaptureFixture[str],
+) -> None:
+    host.has("cdrom:[Debian_12]/", "mirror+http://list.invalid/security.list",
+             "http://near.invalid/debian")
+    assert apt.host_archive(host.id) == {"": "http://near.invalid/debian",
+                                         "-updates": "http://near.invalid/debian"}
+    said = capfd.readouterr().err
+    assert "cdrom" not in said  # another source has what it has
+    assert f"{host.suite}-security at mirror+http://list.invalid/security.list" in said
+
+
+def test_sources_that_apt_cannot_read(host: Host, capfd: pytest.CaptureFixture[str]) -> None:
+    (host.sources / "host.list").write_text("this is no source\n")
+    assert apt.host_archive(host.id) == {}
+    assert "the host's apt sources: E: Type 'this' is not known" in capfd.readouterr().err
+
+
+def test_the_proxies_of_the_host_s_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "apt.conf"
+    monkeypatch.setattr(run, "CLEAN", {**run.CLEAN, "APT_CONFIG": str(config)})
+    config.write_text('Acquire::http::Proxy ""; Dir::Etc::parts "/dev/null";\n')
+    assert apt.proxies() == {}
+    config.write_text('Dir::Etc::parts "/dev/null"; acquire::HTTP::proxy "http://near:3128";\n'
+                      'Acquire { http::Proxy { mirror.invalid DIRECT; }; https::Proxy false; };\n')
+    assert apt.proxies() == {
+        "http": "http://near:3128", "http://mirror.invalid": "",
+        "https": "", "https://mirror.invalid": ""}
+    config.write_text('Dir::Etc::parts "/dev/null"; Acquire::http::Proxy "http://near:3128";\n')
+    assert apt.proxies() == {"http": "http://near:3128", "https": "http://near:3128"}

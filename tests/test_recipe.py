@@ -133,8 +133,14 @@ CASES = [
      "`release` and `sha256` belong together", ""),
     ("agent: null", "agent: {release: https://example.invalid/a, sha256: abc}",
      "agent.sha256: 'abc' is not valid", "64 hexadecimal digits"),
+    ("agent: null", "agent: {file: gone/kata-agent}", "agent.file: there is no file",
+     "repository's root"),
+    ("agent: null", "agent: {image: /nowhere/kata.img}", "agent.image: there is no file "
+     "/nowhere/kata.img", "repository's root"),
     ("compression: zstd", "level: 99", "image.level: 99 is not a level of zstd", "1 to 19"),
     ("dax_header: false", "{", "this is not YAML", ""),
+    ("dax_header: false", "dax_header: \x01", "this is not YAML: the character U+0001", ""),
+    ("dax_header: false", "dax_header: 2025-13-01", "this is not YAML: month must be", ""),
     ("[main, contrib, non-free, non-free-firmware]", "[main, universe]",
      "distribution.components[1]: debian has no part 'universe'", "non-free-firmware"),
     ("keyring: /usr/share/keyrings/debian-archive-keyring.gpg", "keyring: keys/none.asc",
@@ -469,6 +475,8 @@ def test_a_cache_that_cannot_be_written_does_not_matter(root: Path) -> None:
 
 def test_each_agent_form_is_enough(root: Path) -> None:
     recipe = load("debian-trixie", root)
+    for name in ("a", "b"):
+        (root / name).touch()
     forms = [Agent(file="a"), Agent(image="b"),
              Agent(release="https://example.invalid/", sha256="0" * 64)]
     for agent in forms:

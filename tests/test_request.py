@@ -293,8 +293,8 @@ def test_other_options_do_not_ask_anew(default: Recipe, repository: Path) -> Non
     ("http://mine/debian", {"": "http://near/debian"}, "http://mine/debian", "http://security/"),
 ])
 def test_archives(
-    default: Recipe, monkeypatch: pytest.MonkeyPatch, mirror: str, host: dict[str, str], main: str,
-    security: str,
+    default: Recipe, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    mirror: str, host: dict[str, str], main: str, security: str,
 ) -> None:
     monkeypatch.setattr(request, "host_archive", lambda _distribution: host)
     wanted = change(default, "distribution", mirror=mirror, fallback_mirror="http://fallback/debian",
@@ -302,6 +302,8 @@ def test_archives(
     found = request.archives(wanted.distribution, Path("/repository"))
     assert [(one.uri, one.suites) for one in found] == [
         (main, ("trixie", "trixie-updates")), (security, ("trixie-security",))]
+    fell_back = "apt has no debian to offer; trixie comes from `fallback_mirror`, http://fallback/"
+    assert (fell_back in capfd.readouterr().err) == (main == "http://fallback/debian")
     assert all("non-free" in one.components for one in found)
     without = change(wanted, "distribution", security_mirror=None, mirror="http://snapshot/1")
     monkeypatch.setattr(request, "host_archive", lambda _distribution: {})

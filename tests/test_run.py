@@ -262,3 +262,23 @@ run(['sleep', '{marker}'])
     assert f"interrupted by {number.name}; run the same command again" in said
     assert "Traceback" not in said
     assert until(lambda: not processes(marker))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_so(
+    marker: str, repository: Path, number: signal.Signals,
+) -> None:
+    """As `nohup ./doitw … &` asks for."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        python = script(repository, f"die_cleanly_on_signals()\nrun(['sleep', '{marker}'])")
+    finally:
+        signal.signal(number, before)
+    with python:
+        assert until(lambda: bool(processes(marker)))
+        python.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            python.wait(0.5)
+        python.send_signal(signal.SIGTERM)
+        assert python.wait(SECONDS) == 128 + signal.SIGTERM
+    assert until(lambda: not processes(marker))

@@ -5,7 +5,11 @@ from __future__ import annotations
 import threading
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from katagpu import run
 from katagpu.lock import Deb
 from katagpu.stages.api import Build, Stage
 from katagpu.store import Store
@@ -46,6 +50,25 @@ def test_stages_side_by_side_fetch_the_same_packages(tmp_path: Path) -> None:
     expected = [store.blob(deb.sha256) for deb in debs]
     assert found == [expected] * len(builds)
     assert all(path.read_bytes().startswith(b"package") for path in expected)
+
+
+def test_packages_come_through_apt_s_own_proxy(
+    site: Any, page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is that of apt.conf, which the environment knows nothing of; the site is the proxy."""
+    config = tmp_path / "apt.conf"
+    config.write_text(f'Dir::Etc::parts "/dev/null"; Acquire::http::Proxy "{site.base}";\n')
+    monkeypatch.setattr(run, "CLEAN", {**run.CLEAN, "APT_CONFIG": str(config)})
+    store = Store(tmp_path / "store")
+    store.prepare()
+    content = b"package"
+    url = "http://mirror.invalid/toy.deb"
+    site.pages[url] = page(body=content)
+    deb = Deb(package="toy", version="1", architecture="all", url=url, size=len(content),
+              sha256=sha256(content).hexdigest())
+    (found,) = make_build(tmp_path, store, "stage", (deb,)).debs("packages")
+    assert found.read_bytes() == content
+    assert [path for path, *_ in site.asked] == [url]
 
 
 def test_a_source_is_unpacked_once(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from katagpu import disk, guest, recipe, verity
+from katagpu.errors import UserError
 from katagpu.keys import PACKAGE
 from katagpu.lock import Deb, Lock
 from katagpu.run import Result
@@ -178,6 +179,26 @@ def test_roots_come_from_the_local_repository_alone(tmp_path: Path, slim: bool) 
     assert "--setup-hook=for name in bin sbin lib lib64;" in hooks[0]
     assert len(hooks) == (3 if slim else 1)  # only a root without manuals lacks their directory
     assert build.networks == [False]
+
+
+class Failing(Recorder):
+    """A build whose Go finds no space, wherever that is."""
+
+    def enter(self, *_words: Any, **_more: Any) -> Result:
+        self.log.write_text("go: writing /katagpu/modules/x.zip: no space left on device\n")
+        return Result(status=1, stdout=b"")
+
+
+def test_modules_that_find_no_space_in_the_store(
+        default: Recipe, tmp_path: Path, tiny: Callable[[int], Path]) -> None:
+    for directory, full in ((tmp_path, False), (tiny(4 << 20), True)):
+        build = Failing(stage(default, "toolkit_source"), directory)
+        build.store.prepare()
+        with pytest.raises(UserError, match="modules cannot be fetched") as failure:
+            build.stage.make(build)
+        assert (f"no space is left in the store {build.store.root}" in str(failure.value)) is full
+        assert ("./doitw cache:gc" in str(failure.value)) is full
+        assert ("is the Go proxy reachable?" in str(failure.value)) is not full
 
 
 def test_toolkit_network_is_for_fetching_alone(default: Recipe, tmp_path: Path) -> None:

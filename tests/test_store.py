@@ -334,16 +334,17 @@ def test_gc_drops_the_least_recently_used_until_it_fits(store: Store) -> None:
     digests = [commit(store, f"stage{number}", output, used=1000 + number)
                for number, output in enumerate(outputs)]
     store.touch(digests[0])  # now the first is the newest
-    assert store.gc(250, no_remove) == 200
+    records = store.counted() - 400
+    assert 200 < store.gc(records + 250, no_remove) <= 200 + records
     assert [store.action(digest) is not None for digest in digests] == [True, False, False, True]
-    assert store.usage() == 200
+    assert store.usage()["blobs"] == 200
 
 
 def test_gc_keeps_what_a_kept_action_needs_and_counts_it_once(store: Store) -> None:
     shared, own = put(store, b"s" * 100), put(store, b"o" * 50)
     old = commit(store, "old", shared, own, used=1000)
     new = commit(store, "new", shared, used=2000)
-    store.gc(149, no_remove)
+    store.gc(store.counted() - 1, no_remove)
     assert store.action(new) is not None and store.action(old) is None
     assert store.has(shared.blob) and not store.has(own.blob)
 
@@ -354,12 +355,31 @@ def test_gc_of_a_fitting_store_drops_only_what_no_action_names(store: Store) -> 
     package = put(store, b"a fetched package")
     unpacked = store.root / "unpacked" / "tree-x"
     unpacked.mkdir()
+    (unpacked / "file").write_text("unpacked")
+    (unpacked / "link").hardlink_to(unpacked / "file")
+    (store.root / "partial" / "x.part").write_text("broken off")
     (store.root / "actions" / ".x.json.1.2.part").write_text("half")
-    assert store.gc(10**9, no_remove) == len(b"a fetched package")
+    mark = (store.root / "checked" / package.blob).stat().st_size
+    assert store.gc(10**9, no_remove) == mark + sum(
+        map(len, ("a fetched package", "unpacked", "broken off", "half")))
     assert store.action(digest) is not None
     assert not store.has(package.blob) and not unpacked.exists()
     assert sorted(path.name for path in (store.root / "actions").iterdir()) == [f"{digest}.json"]
     assert store.gc(10**9, no_remove) == 0
+
+
+def test_the_limit_is_for_all_but_ccache(store: Store) -> None:
+    old, new = (commit(store, name, put(store, name.encode() * 100), used=used)
+                for name, used in (("old", 1000), ("new", 2000)))
+    for name in ("apt", "ccache"):
+        (store.root / name).mkdir()
+        (store.root / name / "file").write_bytes(bytes(5000))
+    assert store.usage()["ccache"] == store.usage()["apt"] == 5000
+    assert store.counted() == sum(store.usage().values()) - 5000
+    store.gc(store.counted(), no_remove)
+    assert store.action(old) is not None
+    store.gc(store.counted() - 1, no_remove)
+    assert store.action(old) is None and store.action(new) is not None
 
 
 # locks

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from katagpu import keys, sandbox
+from katagpu import apt, keys, sandbox
 from katagpu.errors import CorruptBlob, StepError
 from katagpu.fetch import Job, fetch_all
 from katagpu.lock import Deb
@@ -25,6 +25,7 @@ from katagpu.store import Action, Kind, Output, Store, writing
 from katagpu.tree import EPOCH
 
 Options = Mapping[str, Any]
+CCACHE_SIZE = "2G"  # of each compiler cache, which drops what is more by itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,7 @@ class Build:
         """The packages of a group as verified blobs, fetched where they are missing."""
         debs = self.stage.packages[group]
         self._fetch([(deb.url, deb.sha256, deb.size, f"{deb.package} {deb.version}")
-                     for deb in debs])
+                     for deb in debs], apt.proxies)
         return [self.store.sound(deb.sha256) for deb in debs]
 
     def download(self, name: str) -> Path:
@@ -157,7 +158,8 @@ class Build:
         self._fetch([(url, digest, None, name)])
         return self.store.sound(digest)
 
-    def _fetch(self, wanted: Sequence[tuple[str, str, int | None, str]]) -> None:
+    def _fetch(self, wanted: Sequence[tuple[str, str, int | None, str]],
+               proxies: Callable[[], Mapping[str, str]] = dict) -> None:
         """Fetch what the store lacks; stages side by side want the same packages."""
         def missing() -> list[tuple[str, str, int | None, str]]:
             return [item for item in wanted if not self.store.has(item[1], item[2])]
@@ -168,7 +170,7 @@ class Build:
             partial = self.store.root / "partial"
             jobs = [(Job(url=url, sha256=digest, size=size, what=what), partial / digest)
                     for url, digest, size, what in missing()]
-            fetch_all(jobs)
+            fetch_all(jobs, proxies=proxies())
             for job, path in jobs:
                 self.store.put(path, job.sha256)
 
@@ -244,7 +246,7 @@ class Build:
             directory.mkdir(parents=True, exist_ok=True)
         return ([Bind(source=directory, target="/ccache", writable=True)],
                 {"CCACHE_DIR": "/ccache", "CCACHE_COMPILERCHECK": f"string:{compiler}",
-                 "CCACHE_NOHASHDIR": "1", "CCACHE_MAXSIZE": "2G"})
+                 "CCACHE_NOHASHDIR": "1", "CCACHE_MAXSIZE": CCACHE_SIZE})
 
     # outputs
 

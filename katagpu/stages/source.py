@@ -6,6 +6,7 @@ from pathlib import Path
 
 from katagpu import kernelorg
 from katagpu.errors import StepError
+from katagpu.keys import digest
 from katagpu.lock import Lock
 from katagpu.run import run
 from katagpu.schema import KernelSource, Recipe
@@ -44,12 +45,20 @@ def from_package(build: Build) -> None:
 
 
 def from_release(build: Build) -> None:
-    """Fetch a release, and verify its signature with the keys that the repository pins."""
+    """Fetch a release, and verify its signature with the keys that the repository pins.
+
+    Until it is whole it grows in the store, where the next run goes on with it.
+    """
     keys = build.directory("keys")
     for name, path in build.stage.files.items():
         (keys / name).write_bytes(path.read_bytes())
-    with writing(build.store.root):
-        release = kernelorg.release(build.options["version"], build.directory("release"), keys,
-                                    releases=build.options["releases"])
-    build.facts["signed_by"] = release.signed_by
-    build.put_file("tarball", release.tarball)
+    version, releases = build.options["version"], build.options["releases"]
+    place = build.store.root / "partial" / f"linux-{version}-{digest(releases)[:12]}"
+    with build.store.lock(place.name), writing(build.store.root):
+        try:
+            release = kernelorg.release(version, place, keys, releases=releases)
+            build.facts["signed_by"] = release.signed_by
+            build.put_file("tarball", release.tarball)
+        finally:
+            for url in kernelorg.urls(version, releases):  # what is whole, and was judged
+                (place / url.rpartition("/")[2]).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from katagpu.errors import UserError
+from katagpu.files import full_disk
 from katagpu.run import run
 from katagpu.sandbox import Bind, Root
 from katagpu.schema import Recipe
@@ -84,10 +85,12 @@ def make_source(build: Build) -> None:
     if result.status != 0:
         from katagpu.run import tail
 
-        raise UserError("the container toolkit's Go modules cannot be fetched:\n"
-                        f"{tail(build.log, 8)}",
-                        hint="is the Go proxy reachable? `go env GOPROXY` of the host is used; or "
-                             "set `toolkit: {source: none}` in the recipe")
+        failure = UserError("the container toolkit's Go modules cannot be fetched:\n"
+                            f"{tail(build.log, 8)}",
+                            hint="is the Go proxy reachable? `go env GOPROXY` of the host is used; "
+                                 "or set `toolkit: {source: none}` in the recipe")
+        full_disk(build.store.root, failure)
+        raise failure
     proxy = build.directory("proxy")
     download = modules / "cache/download"
     for path in sorted(download.rglob("@v/*")):

@@ -71,15 +71,6 @@ def test_recipes(toy: ToyRepository, old: str, new: str, said: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    if "nowhere" in new:
-        # the toy stages have no agent: the real one is asked for its key
-        with pytest.raises(UserError, match=said):
-            from katagpu.stages import rootfs
-            stage = rootfs.agent_stage(recipe.load(RECIPE, toy.root), toy.root)
-            Plan({"agent": Stage(name="agent", title="", module="errors", make=stage.make,
-                                 outputs=stage.outputs, files=stage.files)},
-                 Store(toy.store), toy.root).ensure("agent")
-        return
     err = refused(toy, "build_image")
     assert said in err
     assert f"recipes/{RECIPE}.yaml:" in err  # and the line
