@@ -109,10 +109,6 @@ class Session:
         """Seconds since the guest's kernel started."""
         return float(self.guest.text("/proc/uptime").split()[0])
 
-    def note_ready(self) -> None:
-        """The guest is ready now."""
-        self.ready_at = self.uptime()
-
     def tail(self, count: int = 8) -> list[Line]:
         """The last lines of the kernel's log."""
         return self.guest.lines()[-count:]
