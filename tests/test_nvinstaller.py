@@ -131,6 +131,7 @@ def test_nothing_that_is_not_listed_is_ever_passed(
     assert {"--silent", "--kernel-name", "--log-file-name"} <= words
     assert ("--no-opengl-files" in words) is not everything
     assert ("--install-compat32-libs" in words) is everything
+    assert ("--compat32-libdir" in words) is everything
 
 
 @pytest.mark.parametrize(("version", "spelling"), [
@@ -262,8 +263,22 @@ def test_graphics_and_32_bit_files_come_when_they_are_asked_for(machine: Machine
     assert nvoutcome.judge(outcome).ok
     assert {f"/usr/lib/x86_64-linux-gnu/libnvidia-glcore.so.{VERSION}",
             "/usr/lib/x86_64-linux-gnu/nvidia/wine/nvngx.dll"} <= machine.written()
-    assert f"/usr/lib/i386-linux-gnu/libcuda.so.{VERSION}" in machine.written() \
-        or f"/usr/lib32/libcuda.so.{VERSION}" in machine.written()
+    assert f"/usr/lib/i386-linux-gnu/libcuda.so.{VERSION}" in machine.written()
+
+
+def test_a_root_without_a_directory_of_32_bit_libraries_needs_one_named(machine: Machine) -> None:
+    """As `get_compat32_path` of the real one's files.c: asking for them is not enough."""
+    if Path("/usr/lib/i386-linux-gnu").is_dir() or Path("/usr/lib32").is_dir():
+        pytest.skip("the build host's /usr has such a directory")
+    listed = supported(machine.run(*HELP[1:]).said)
+    argv = command(listed, request(VERSION, compat32=True))[1:]
+    unnamed = [word for word in argv if not word.startswith("--compat32-libdir")]
+    outcome = machine.run(*unnamed)
+    assert nvoutcome.judge(outcome).ok
+    assert "Unable to find a suitable destination to install 32-bit" in outcome.log
+    assert not [path for path in machine.written() if "i386" in path or "lib32" in path]
+    assert nvoutcome.judge(machine.run(*argv)).ok
+    assert f"/usr/lib/i386-linux-gnu/libcuda.so.{VERSION}" in machine.written()
 
 
 def test_what_it_installed_can_be_named_checked_and_removed(machine: Machine) -> None:
