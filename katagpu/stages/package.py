@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from katagpu import keys, log, nvbranches, patches, runfile, vgpu
-from katagpu.download import Gone
 from katagpu.errors import UserError
-from katagpu.fetch import Job, fetch_all
+from katagpu.fetch import Gone, Job, fetch_all
 from katagpu.lock import Lock
 from katagpu.schema import KernelModule, Recipe
 from katagpu.stages.api import Build, Stage
@@ -98,16 +97,17 @@ def make_package(build: Build) -> None:
 
 
 def _fetch(build: Build, path: Path) -> None:
-    """Fetch from the first address that has the file."""
-    urls = build.options["urls"]
-    for number, url in enumerate(urls, 1):
-        job = Job(url=url, what=f"NVIDIA driver {build.options['version']}")
+    """Fetch from the first address that has the file; `Gone` names all that have not."""
+    what = f"NVIDIA driver {build.options['version']}"
+    gone: list[Gone] = []
+    for url in build.options["urls"]:
         partial = build.store.root / "partial" / keys.digest(url)
         try:
-            fetch_all([(job, partial)])
-        except Gone:
-            if number == len(urls):
-                raise
+            fetch_all([(Job(url=url, what=what), partial)])
+        except Gone as refusal:
+            gone.append(refusal)
             continue
         partial.replace(path)
         return
+    raise Gone("\n".join(each.what for each in gone),
+               hint="mend driver.version, or say where the file is: driver.url, driver.file")
