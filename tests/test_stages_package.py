@@ -1,4 +1,4 @@
-"""The stage of a `.run` file: where it comes from."""
+"""The stage of a `.run` file: where it comes from, and what is refused there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from katagpu.plan import Plan
 from katagpu.schema import Driver, DriverSource, Recipe
 from katagpu.stages import package
 from katagpu.store import Store
-from tests.nvrun.toys import Toy
+from tests.nvrun.archive import Name
+from tests.nvrun.toys import HOST, Evil, Toy
 
 ROOT = PACKAGE.parent
 VERSION = "550.163.01"
@@ -84,3 +85,22 @@ def test_a_file_that_was_replaced(tmp_path: Path, site: Any) -> None:
     said = refused(tmp_path, url=page(site, Toy().make(tmp_path)), sha256="0" * 64)
     assert "is not what was asked for" in said and "mend them there" in said
     assert "lock" not in said
+
+
+# what does not fit
+
+
+@pytest.mark.parametrize(("toy", "said"), [
+    (Toy(name=Name(version=VERSION, architecture="aarch64")), "is for Linux on aarch64"),
+    (Toy(name=Name(version=VERSION, variant="-vgpu-kvm"), add=HOST), "is a package for vGPU hosts"),
+    (Toy(add=HOST), "is a package for vGPU hosts"),
+    (Toy(name=Name(version="550.90.07")), "the recipe asks for 550.163.01"),
+    (Toy(flavours=("kernel",)), "has no open kernel modules"),
+    (Toy(cut=100), "is cut off"), (Toy(flip=700), "altered or damaged"),
+    (Toy(files={".manifest": b"nonsense\n"}), "does not start with 8 lines"),
+    (Toy(members=Evil.PARENT.value), "'./../evil'"),
+    (Toy(members=Evil.LINK_ABSOLUTE.value), "'./evil'"),
+    (Toy(members=Evil.CHARACTER_DEVICE.value), "'./evil'"),
+])
+def test_a_package_that_does_not_fit_ends_here(tmp_path: Path, toy: Toy, said: str) -> None:
+    assert said in refused(tmp_path, file=str(toy.make(tmp_path)))
