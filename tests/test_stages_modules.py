@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,10 @@ class Guest:
         """The stage and those that it reads."""
         wanted = recipe.load("debian-trixie", ROOT)
         wanted = replace(wanted, driver=replace(wanted.driver, source=DriverSource.RUNFILE))
-        stages = [Stage(name=name, title=name, module="errors", make=make, outputs=outputs)
+        made_of = {"headers": self.headers, "programs": self.programs, "makefile": self.makefile,
+                   "source": self.source}
+        stages = [Stage(name=name, title=name, module="errors", make=make, outputs=outputs,
+                        options=made_of)
                   for name, make, outputs in (
                       ("toolchain", self._toolchain, {"root": Kind.TREE}),
                       ("kernel", self._kernel, {"headers": Kind.FILE, "release": Kind.FILE}),
@@ -158,3 +161,37 @@ def test_no_space_for_the_build(guest: Guest, monkeypatch: pytest.MonkeyPatch) -
     guest.source = "#error the compiler was started\n"
     failure = guest.refused()
     assert "the driver needs" in failure.what and "cache:gc" in str(failure.hint)
+
+
+# the same again
+
+
+def test_the_same_source_gives_the_same_modules(guest: Guest, tmp_path: Path) -> None:
+    """Compiled twice, in other places and without ccache."""
+    one = guest.plan(ccache=False).ensure("driver_modules")
+    guest.store = Store(tmp_path / "deeper/and/elsewhere")
+    two = guest.plan(ccache=False).ensure("driver_modules")
+    assert one.outputs["modules"] == two.outputs["modules"]
+    guest.source = SOURCE.replace("(1, 2)", "(2, 1)")
+    other = guest.plan(ccache=False).ensure("driver_modules")
+    assert other.outputs["modules"] != one.outputs["modules"], "a difference would be seen"
+
+
+# a disk that is full
+
+
+@pytest.mark.root
+def test_the_disk_fills_up_while_the_compiler_writes(
+    guest: Guest, tiny: Callable[[int], Path],
+) -> None:
+    """Space that was there when it was asked for, and went meanwhile: a real ENOSPC, in make."""
+    guest.store = Store(tiny(24 << 20))
+    guest.makefile += "modules: filler\nfiller:\n\tcat /dev/zero > filler\n"
+    failure = guest.refused()
+    assert "No space left on device" in (guest.place / "logs/driver_modules.log").read_text()
+    assert "no space left in the store" in failure.what
+    assert "cache:gc" in str(failure.hint) and "KATAGPU_STORE" in str(failure.hint)
+    assert [path.name for path in (guest.store.root / "staging").iterdir()] == []
+    guest.makefile = MAKEFILE.format(modules="nvidia nvidia-uvm")
+    assert set(modules(guest.plan().ensure("driver_modules"))) == {"nvidia.ko", "nvidia-uvm.ko"}
+    assert guest.store.verify() == []
