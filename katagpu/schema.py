@@ -215,7 +215,8 @@ class Driver(Section, frozen=True, kw_only=True):
         "`debian`: the suite's packages; `runfile`: NVIDIA's own `.run` file, installed by its own "
         "nvidia-installer; `none`: a guest without a driver"))]
     version: Annotated[DriverVersion | None, Meta(description=(
-        "NVIDIA's version, for example `\"550.163.01\"`; `./doitw driver=VERSION` takes another"))
+        "NVIDIA's version, for example `\"550.163.01\"`; null: the one in the name of `file` or "
+        "`url`; `./doitw driver=VERSION` takes another"))
     ] = None
     url: Annotated[Url | None, Meta(description=(
         "address of the `.run` file; `{version}` in it stands for the version (source: runfile); "
@@ -225,7 +226,7 @@ class Driver(Section, frozen=True, kw_only=True):
         "(source: runfile)"))] = None
     sha256: Annotated[Sha256 | None, Meta(description=(
         "SHA-256 of the `.run` file; null: its own checksums alone are verified, and the digest "
-        "is said"))] = None
+        "is said. A `url` with plain http needs it"))] = None
     modules_by: Annotated[ModulesBy, Meta(description=(
         "`katagpu` compiles the kernel modules, cached apart, and nvidia-installer installs the "
         "rest; `installer`: nvidia-installer compiles them, with the compiler that "
