@@ -225,8 +225,8 @@ class Driver(Section, frozen=True, kw_only=True):
         "path of the `.run` file from the repository's root, with `{version}` as in `url` "
         "(source: runfile)"))] = None
     sha256: Annotated[Sha256 | None, Meta(description=(
-        "SHA-256 of the `.run` file; null: its own checksums alone are verified, and the digest "
-        "is said. A `url` with plain http needs it"))] = None
+        "SHA-256 of the `.run` file; null: its own checksums alone are verified, and the lock "
+        "keeps the digest of the first that came. A `url` with plain http needs it"))] = None
     modules_by: Annotated[ModulesBy, Meta(description=(
         "`katagpu` compiles the kernel modules, cached apart, and nvidia-installer installs the "
         "rest; `installer`: nvidia-installer compiles them, with the compiler that "

@@ -25,6 +25,8 @@ from katagpu.store import Action, Kind, Output, Store, writing
 from katagpu.tree import EPOCH
 
 Options = Mapping[str, Any]
+RECIPE = "the recipe has its address and its digest: mend them there"
+"""What to do about a download that is not there, or not what was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +152,11 @@ class Build:
                      for deb in debs], SUPERSEDED)
         return [self.store.sound(deb.sha256) for deb in debs]
 
-    def download(self, name: str) -> Path:
+    def download(self, name: str, cure: str = RECIPE) -> Path:
         """A downloaded file as a verified blob, fetched where it is missing."""
         url, digest = self.stage.downloads[name]
         assert digest is not None, "a download without a digest is fetched by its stage"
-        self._fetch([(url, digest, None, self.stage.title)],
-                    "the recipe has its address and its digest: mend them there")
+        self._fetch([(url, digest, None, self.stage.title)], cure)
         return self.store.sound(digest)
 
     def _fetch(self, wanted: Sequence[tuple[str, str, int | None, str]], cure: str) -> None:
