@@ -30,11 +30,15 @@ class Deb(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lock(msgspec.Struct, frozen=True, kw_only=True):
-    """A resolved recipe. `request` is the digest of what was asked for."""
+    """A resolved recipe. `request` is the digest of what was asked for.
+
+    `downloads` are the digests, by address, of files of which the recipe gives none.
+    """
 
     recipe: str
     request: str
     groups: dict[str, tuple[Deb, ...]]
+    downloads: dict[str, str] = {}
     format: int = FORMAT
 
     def group(self, name: str) -> tuple[Deb, ...]:

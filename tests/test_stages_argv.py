@@ -15,7 +15,7 @@ from katagpu.keys import PACKAGE
 from katagpu.lock import Deb, Lock
 from katagpu.run import Result
 from katagpu.sandbox import Bind, Root
-from katagpu.schema import Headers, ImageFormat, ImageModel, Recipe
+from katagpu.schema import DriverSource, Headers, ImageFormat, ImageModel, Recipe
 from katagpu.stages import roots
 from katagpu.stages.api import Build, Stage
 from katagpu.store import Kind, Output, Store
@@ -294,6 +294,7 @@ def test_the_driver_s_disk_is_indexed_in_place_and_checked_where_it_is_mounted(
         "driver_modules", "kernel_modules", "driver_user", "toolkit", "base")]
     assert [Path(layer).name for layer in given["layers"]] == [
         "tree-toolkit", "tree-driver_user", "tree-driver_modules"]
+    assert given["whole"] == []
     guest_root, mounted = roots
     assert [path.name for path in guest_root.lower] == [
         "tree-rootfs", "tree-kernel_modules", "tree-extension_tools", "tree-base"]
@@ -301,6 +302,18 @@ def test_the_driver_s_disk_is_indexed_in_place_and_checked_where_it_is_mounted(
     assert mounted.lower == (tmp_path / "extension",)
     assert facts["facts"]["extension"] == mounted.target
     assert facts["facts"]["driver"]["version"] == "550.163.01"
+
+
+def test_of_a_run_file_the_disk_has_all_that_the_manifest_chose(
+        default: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("katagpu.check.elf.read_build_id", lambda path: "12ab")
+    split = replace(default, image=replace(default.image, model=ImageModel.EXTENSION),
+                    driver=replace(default.driver, source=DriverSource.RUNFILE))
+    build = Recorder(stage(split, "extension_root"), tmp_path)
+    build.texts["release"] = "6.12.9-nvidia-gpu"
+    build.stage.make(build)
+    (_harvest, _merged, given), _check = build.calls
+    assert [Path(layer).name for layer in given["whole"]] == ["tree-driver_user"]
 
 
 def test_the_base_is_rendered_and_checked_without_its_driver(

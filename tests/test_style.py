@@ -23,7 +23,7 @@ LAYERS = (
     ("files", "keys", "store", "tree", "fetch", "download", "neterrors", "sandbox", "enter",
      "yamlfile", "reporter", "pgp"),
     ("words", "schema", "recipe", "recipe_problems", "recipe_docs", "lock", "apt", "resolve",
-     "request", "locks", "hostsetup", "aptview", "keyring", "emulator"),
+     "request", "locks", "hostsetup", "aptview", "keyring", "emulator", "driverfile"),
     ("kconfig", "kconfig_expr", "kconfig_tree", "kconfig_explain", "patches", "disk", "newc",
      "filesystem", "agent", "nvconftest", "guestfiles", "verity", "kataconfig", "kernelorg",
      "drivermanifest", "driverparts", "runpayload", "runfile", "nvbranches", "nvcauses",

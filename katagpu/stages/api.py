@@ -17,7 +17,7 @@ from typing import Any
 
 from katagpu import apt, keys, sandbox
 from katagpu.errors import CorruptBlob, StepError
-from katagpu.fetch import Job, fetch_all
+from katagpu.fetch import SUPERSEDED, Job, fetch_all
 from katagpu.lock import Deb
 from katagpu.run import Result
 from katagpu.sandbox import Bind, Entry, Root
@@ -26,6 +26,8 @@ from katagpu.tree import EPOCH
 
 Options = Mapping[str, Any]
 CCACHE_SIZE = "2G"  # of each compiler cache, which drops what is more by itself
+RECIPE = "the recipe has its address and its digest: mend them there"
+"""What to do about a download that is not there, or not what was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,17 +150,17 @@ class Build:
         """The packages of a group as verified blobs, fetched where they are missing."""
         debs = self.stage.packages[group]
         self._fetch([(deb.url, deb.sha256, deb.size, f"{deb.package} {deb.version}")
-                     for deb in debs], apt.proxies)
+                     for deb in debs], SUPERSEDED, apt.proxies)
         return [self.store.sound(deb.sha256) for deb in debs]
 
-    def download(self, name: str) -> Path:
+    def download(self, name: str, cure: str = RECIPE) -> Path:
         """A downloaded file as a verified blob, fetched where it is missing."""
         url, digest = self.stage.downloads[name]
         assert digest is not None, "a download without a digest is fetched by its stage"
-        self._fetch([(url, digest, None, name)])
+        self._fetch([(url, digest, None, self.stage.title)], cure)
         return self.store.sound(digest)
 
-    def _fetch(self, wanted: Sequence[tuple[str, str, int | None, str]],
+    def _fetch(self, wanted: Sequence[tuple[str, str, int | None, str]], cure: str,
                proxies: Callable[[], Mapping[str, str]] = dict) -> None:
         """Fetch what the store lacks; stages side by side want the same packages."""
         def missing() -> list[tuple[str, str, int | None, str]]:
@@ -168,7 +170,7 @@ class Build:
             return
         with self.store.lock("fetch"), writing(self.store.root):
             partial = self.store.root / "partial"
-            jobs = [(Job(url=url, sha256=digest, size=size, what=what), partial / digest)
+            jobs = [(Job(url=url, sha256=digest, size=size, what=what, cure=cure), partial / digest)
                     for url, digest, size, what in missing()]
             fetch_all(jobs, proxies=proxies())
             for job, path in jobs:

@@ -13,6 +13,7 @@ from pathlib import Path
 from katagpu import nvconftest, patches
 from katagpu.errors import StepError
 from katagpu.lock import Lock
+from katagpu.nvpreflight import require_modules
 from katagpu.run import run
 from katagpu.sandbox import Bind, Root
 from katagpu.schema import Capability, KernelModule, Recipe
@@ -79,10 +80,11 @@ def compile_modules(build: Build, source: Path) -> None:
     headers = build.directory("headers")
     run(["dpkg-deb", "--extract", build.blob("headers"), headers], log=build.log)
     place = f"/usr/src/linux-headers-{release}"
+    layers = [build.tree("build_layer")] if "build_layer" in build.inputs else []
+    require_modules([headers, *layers, build.tree("toolchain")], release, place, build.scratch)
     flavour = KernelModule(build.options["flavour"])
     patch(build, TARGETS[flavour], build.options["version"], headers / place.lstrip("/"), source)
     ccache, env = environment(build, "driver")
-    layers = [build.tree("build_layer")] if "build_layer" in build.inputs else []
     # the driver's own files are in the key of `nvconftest`
     others = (output.identity for name, output in sorted(build.inputs.items()) if name != "run")
     results = build.store.root / "ccache/conftest" / nvconftest.key(source, *others)

@@ -96,6 +96,17 @@ def test_a_driver_bump_compiles_the_driver_alone(
     assert again.ensure("image") == first.ensure("image")
 
 
+def test_the_real_modules_are_the_same_when_they_are_compiled_again(
+        context: Context, runs: Path, tmp_path: Path) -> None:
+    """With the compiler's cache off; what the store has may have come out of it."""
+    plan = planned(context, wanted(context, runs), tmp_path)
+    made = plan.ensure("driver_modules")
+    again = Plan(plan.stages, context.store, tmp_path / "again", ccache=False)
+    key = again.key("driver_modules")
+    assert key is not None
+    assert again._make("driver_modules", key, "compared").outputs == made.outputs
+
+
 def test_what_ships_is_of_the_capabilities(context: Context, runs: Path, tmp_path: Path) -> None:
     plan = planned(context, wanted(context, runs), tmp_path)
     plan.ensure("rootfs")
@@ -164,6 +175,7 @@ def refused(plan: Plan, stage: str) -> KatagpuError:
 
 @pytest.mark.parametrize(("misbehaviour", "what"), [
     ("nothing", "log breaks off"), ("no-markers", "log breaks off"),
+    ("markers-only", "did not install"),
     ("errors", "in spite of errors"), ("sigbus", "disk was full"),
 ])
 def test_status_0_is_no_proof(context: Context, tmp_path: Path, misbehaviour: str,
