@@ -160,14 +160,14 @@ def libraries(session: Session) -> list[str]:
     files = f"{env}find / {place or ''} -xdev -type f \\( -name '*.so*' -o -perm -100 \\)"
     # The kernel's own library is in every list that the loader makes.
     found = session.guest.shell(
-        f"{files} -print0 | xargs -0 -n 1 -P 2 {LOADER} --list 2>/dev/null | "
+        f"{files} -print0 | xargs -0 -n 1 -P 2 {LOADER} --list 2>&1 | "
         "awk '/linux-vdso/ {count++} /not found/ {print} END {print \"count\", count + 0}'",
         timeout=120).stdout.splitlines()
     count = next((line for line in found if line.startswith("count ")), "count 0")
     wrong = sorted({line.strip() for line in found if "not found" in line})
     if wrong:
         whose = session.guest.shell(
-            f"{files} | while read -r file; do {LOADER} --list \"$file\" 2>/dev/null | "
+            f"{files} | while read -r file; do {LOADER} --list \"$file\" 2>&1 | "
             "grep -q 'not found' && echo \"needed by $file\"; done", timeout=240).said
         raise Failed(f"{len(wrong)} libraries are not found by the guest's own loader",
                      [*wrong, *whose],
