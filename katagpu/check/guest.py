@@ -1,7 +1,8 @@
 """Checks for what Kata's agent and runtime expect of a guest.
 
 Sources: kata-containers src/agent/src/rpc.rs (iptables paths, modprobe, resolv.conf),
-src/agent/src/sandbox.rs (guest hooks), src/agent/rustjail (mounts), and osbuilder's rootfs.sh.
+src/agent/src/sandbox.rs (guest hooks), src/agent/policy (its policy), src/agent/rustjail (mounts),
+and osbuilder's rootfs.sh.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from katagpu.check.facts import Fault, RootFormat, Severity
 
 MOUNT_POINTS = ("/proc", "/sys", "/dev", "/run", "/tmp")
 AGENT = "/usr/bin/kata-agent"
+POLICY = "/etc/kata-opa/default-policy.rego"
 # Either of the two directories; the agent tries both, mke2fs is looked up in its PATH.
 PROGRAMS = {
     "modprobe": "kmod", "mkfs.ext4": "e2fsprogs",
@@ -93,6 +95,10 @@ def agent(guest: Guest) -> Iterator[Fault]:
     if not guest.root.is_program(AGENT):
         yield Fault(what="there is no agent that may be executed", where=AGENT,
                     cure="check what 'agent:' in the recipe names")
+    if "package agent_policy" not in guest.root.text(POLICY).splitlines():
+        yield Fault(what="there is no policy of the package agent_policy; an agent built with "
+                         "agent-policy ends without it, and the guest with the agent",
+                    where=POLICY, cure="lay a policy there: Kata's default allows everything")
     init = guest.root.resolve("/sbin/init") or ""
     if not init.endswith("/systemd"):
         return
