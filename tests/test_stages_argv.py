@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import shutil
+import subprocess
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,7 @@ class Recorder(Build):
         self.networks: list[bool] = []
         self.effect = effect
         self.texts: dict[str, str] = {}
+        self.files: dict[str, Path] = {}
         self.answer = b"6.12.9-nvidia-gpu\n"
         self.calls: list[tuple[str, list[Root], dict[str, Any]]] = []
 
@@ -50,12 +56,17 @@ class Recorder(Build):
         return Result(status=0, stdout=self.answer)
 
     def blob(self, name: str) -> Path:
+        if name in self.files:
+            return self.files[name]
         path = self.scratch / f"blob-{name}"
         path.write_text(self.texts.get(name, ""))
         return path
 
     def tree(self, name: str) -> Path:
         return self.directory(f"tree-{name}")
+
+    def debs(self, group: str) -> list[Path]:
+        return [self.files[group]]
 
     def repository(self, group: str, files: Sequence[Path] = ()) -> Path:
         return self.directory(f"repository-{group}")
@@ -162,6 +173,69 @@ def test_rpm_headers_come_from_the_kernels_own_packaging(default: Recipe) -> Non
     rpm = replace(default, kernel=replace(default.kernel, headers=Headers.RPM))
     assert "headers_rpm" in stage(rpm, "kernel").outputs
     assert "headers_rpm" not in stage(default, "kernel").outputs
+
+
+def package(place: Path, files: Mapping[str, bytes]) -> Path:
+    """A package with these files."""
+    control = place / "DEBIAN/control"
+    for path, data in {control: b"Package: toy\nVersion: 1\nArchitecture: all\nDescription: toy\n"
+                                b"Maintainer: nobody <nobody@localhost>\n",
+                       **{place / name: data for name, data in files.items()}}.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    subprocess.run(["dpkg-deb", "-Zxz", "--root-owner-group", "--build", place,
+                    place.with_suffix(".deb")], check=True, capture_output=True)
+    return place.with_suffix(".deb")
+
+
+def tarball(files: Mapping[str, str]) -> bytes:
+    """A tarball as Debian's packages have it, packed with xz."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:xz") as tar:
+        for name, text in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+    return stream.getvalue()
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+def test_driver_modules_are_compiled_against_the_headers_alone(
+        default: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("katagpu.stages.driver.jobs", lambda: 7)
+    chosen = replace(default, driver=replace(default.driver, version="999.1"))  # has no patches
+
+    def effect(build: Recorder, argv: Sequence[str]) -> None:
+        if argv[0] == "make":
+            source = build.scratch / "driver-source"
+            assert (source / "conftest.sh").read_text() == "# probes\n"
+            for name in ("nvidia", "nvidia-uvm"):
+                (source / f"{name}.ko").write_text(name)
+
+    build = Recorder(stage(chosen, "driver_modules"), tmp_path, effect)
+    release = build.texts["release"] = "6.12.9-nvidia-gpu"
+    place = f"usr/src/linux-headers-{release}"
+    (tmp_path / "log").touch()
+    build.files = {
+        "source": package(tmp_path / "source", {"usr/src/nvidia-open-kernel.tar.xz": tarball({
+            f"modules/nvidia-open-kernel/{name}": "# probes\n" for name in (
+                "conftest.sh", "Kbuild")})}),
+        "headers": package(tmp_path / "linux-headers", {
+            f"{place}/include/config/auto.conf": b"#\nCONFIG_SMP=y\nCONFIG_A=toy\n",
+            f"{place}/Module.symvers": b"exports\n"})}
+    build.stage.make(build)
+    assert build.ran == [
+        ["make", "ARCH=x86_64", "-j7", f"SYSSRC=/{place}", f"SYSOUT=/{place}", "CC=gcc",
+         "NV_EXCLUDE_KERNEL_MODULES=nvidia-peermem nvidia-drm nvidia-modeset", "modules"],
+        ["strip", "--strip-debug", "--", "nvidia-uvm.ko", "nvidia.ko"]]
+    first = build.environments[0]
+    assert first["KBUILD_BUILD_VERSION"] == "1" and first["PATH"].startswith("/usr/lib/ccache:")
+    modules = tmp_path / "modules/usr/lib/modules" / release
+    assert {path.name for path in (modules / "kernel/drivers/video").iterdir()} == {
+        "nvidia.ko", "nvidia-uvm.ko"}
+    record = [line.split() for line in (modules / "driver-headers").read_text().splitlines()]
+    assert record == [[hashlib.sha256(data).hexdigest(), name] for name, data in (
+        ("settings", b"CONFIG_A=toy\nCONFIG_SMP=y\n"), ("Module.symvers", b"exports\n"))]
 
 
 @pytest.mark.parametrize("slim", [False, True])

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from katagpu import nvconftest, patches
+from katagpu import nvconftest, patches, provenance
 from katagpu.errors import StepError
 from katagpu.lock import Lock
 from katagpu.run import run
@@ -101,14 +101,16 @@ def compile_modules(build: Build, source: Path) -> None:
         raise StepError(f"make succeeded, but there is no nvidia.ko; log: {build.log}")
     build.enter(["strip", "--strip-debug", "--", *(path.name for path in built)], roots,
                 binds=binds, cwd=DRIVER)
-    put(build, built, release)
+    put(build, built, release, headers / place.lstrip("/"))
 
 
-def put(build: Build, built: Sequence[Path], release: str) -> None:
-    """Make stripped modules the output `modules`."""
+def put(build: Build, built: Sequence[Path], release: str, headers: Path) -> None:
+    """Make stripped modules the output `modules`, with the record of the headers' directory."""
     out = build.directory("modules")
-    target = out / "usr/lib/modules" / release / PLACE
+    directory = out / "usr/lib/modules" / release
+    target = directory / PLACE
     target.mkdir(parents=True)
+    (directory / provenance.RECORD).write_text(provenance.record(headers))
     for path in built:
         path.chmod(0o644)
         path.rename(target / path.name)
