@@ -32,7 +32,7 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "build_rootfs": ("rootfs",),
     "install_driver": ("driver_modules", "driver_user"),
     "install_toolkit": ("toolkit",),
-    "build_initrd": ("initrd",),
+    "build_initrd": ("initrd", "initrd_config"),
     "build_image": ("image", "kata_config", "manifest"),
 }
 

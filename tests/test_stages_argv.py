@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from katagpu import disk, guest, recipe, verity
+from katagpu import artifacts, disk, guest, recipe, verity
+from katagpu.errors import StepError
 from katagpu.keys import PACKAGE
 from katagpu.lock import Deb, Lock
 from katagpu.run import Result
@@ -367,6 +368,46 @@ def test_the_base_is_rendered_and_checked_without_its_driver(
     assert given["variables"]["driver_version"] == ""
     assert facts["facts"]["driver"] is None
     assert facts["facts"]["extension"] == "/run/kata-extensions/gpu"
+
+
+@pytest.mark.parametrize("missing", ["RD_ZSTD", "BLK_DEV_INITRD", None])
+def test_an_initrd_that_the_kernel_cannot_unpack_is_not_made(
+        default: Recipe, tmp_path: Path, missing: str | None) -> None:
+    """The recipe's own format is erofs, which is all that the checks of its root look at."""
+    def effect(build: Recorder, argv: Sequence[str]) -> None:
+        (build.directory("packed") / "initrd.zst").write_bytes(b"packed")
+
+    build = Recorder(stage(default, "initrd"), tmp_path, effect)
+    symbols = [name for name in ("RD_ZSTD", "BLK_DEV_INITRD") if name != missing]
+    build.texts["config"] = "".join(f"CONFIG_{name}=y\n" for name in symbols)
+    with tarfile.open(build.directory("packed") / "tree.tar", "w"):
+        pass
+    if missing is None:
+        build.stage.make(build)
+        assert [argv[0] for argv in build.ran] == ["zstd"]
+        return
+    with pytest.raises(StepError, match=f"initrd .zstd.*CONFIG_{missing} is not set"):
+        build.stage.make(build)
+    assert not build.ran and not build.calls
+
+
+def test_the_initrd_of_a_guest_with_an_image_has_drop_ins_of_its_own(
+        default: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tomllib
+
+    written: dict[str, bytes] = {}
+    chosen = replace(default, image=replace(default.image, dax_header=True))
+    build = Recorder(stage(chosen, "initrd_config"), tmp_path)
+    monkeypatch.setattr(build, "put_bytes", written.__setitem__)
+    build.stage.make(build)
+    for text in written.values():
+        table = tomllib.loads(text.decode())["hypervisor"]["qemu"]
+        assert table["initrd"] == (
+            "/opt/kata/share/kata-containers/kata-containers-nvidia-gpu-initrd.img")
+        assert table["image"] == "" and table["disable_image_nvdimm"] is True
+    named = {artifact.name: artifact.link for artifact in artifacts.of(chosen, "build_initrd")}
+    assert {"50-katagpu-initrd.toml", "50-katagpu-initrd-runtime-rs.toml"} <= set(named)
+    assert "kata-containers-nvidia-gpu-initrd.img" in named.values()
 
 
 @pytest.mark.parametrize("model", list(ImageModel))

@@ -10,8 +10,9 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator
 
+from katagpu.check import kernelconfig
 from katagpu.check.context import Guest
-from katagpu.check.facts import Fault, RootFormat, Severity
+from katagpu.check.facts import Fault, Severity
 
 MOUNT_POINTS = ("/proc", "/sys", "/dev", "/run", "/tmp")
 AGENT = "/usr/bin/kata-agent"
@@ -24,40 +25,12 @@ PROGRAMS = {
 }
 UNITS = ("kata-agent.service", "kata-containers.target")
 UNIT_DIRECTORIES = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
-COMPRESSORS = {
-    RootFormat.EROFS: {"lz4": "EROFS_FS_ZIP", "lz4hc": "EROFS_FS_ZIP", "lzma": "EROFS_FS_ZIP_LZMA",
-                       "deflate": "EROFS_FS_ZIP_DEFLATE", "zstd": "EROFS_FS_ZIP_ZSTD"},
-    RootFormat.INITRD: {"gzip": "RD_GZIP", "bzip2": "RD_BZIP2", "lzma": "RD_LZMA", "xz": "RD_XZ",
-                        "lzo": "RD_LZO", "lz4": "RD_LZ4", "zstd": "RD_ZSTD"},
-    RootFormat.EXT4: {},
-}
-FORMATS = {RootFormat.EROFS: "EROFS_FS", RootFormat.INITRD: "BLK_DEV_INITRD",
-           RootFormat.EXT4: "EXT4_FS"}
 
 
 def image_format(guest: Guest) -> Iterator[Fault]:
-    """The kernel mounts the root: its file system and compressor are built in.
-
-    A module would not do, since no initramfs could load it.
-    """
-    facts = guest.facts
-    symbols = [FORMATS[facts.root_format]]
-    known = COMPRESSORS[facts.root_format]
-    if facts.compressor is not None and facts.compressor not in known:
-        yield Fault(what=f"no kernel reads {facts.root_format} compressed with "
-                         f"{facts.compressor}", where="kernel config",
-                    cure=f"choose {', '.join(known) or 'no compressor'}")
-    elif facts.compressor is not None:
-        symbols.append(known[facts.compressor])
-        if facts.root_format is RootFormat.EROFS and "EROFS_FS_ZIP" not in symbols:
-            symbols.append("EROFS_FS_ZIP")
-    for symbol in symbols:
-        if guest.config.get(symbol) != "y":
-            yield Fault(what=f"the image is {facts.root_format} ({facts.compressor or 'plain'}), "
-                             f"and CONFIG_{symbol} is {guest.config.get(symbol, 'not set')}: the "
-                             "root cannot be mounted", where="kernel config",
-                        cure=f"ask for CONFIG_{symbol}=y in a fragment, or choose another "
-                             "compressor")
+    """The kernel mounts the root: its file system and compressor are built in."""
+    yield from kernelconfig.unreadable(guest.config, guest.facts.root_format,
+                                       guest.facts.compressor)
 
 
 def layout(guest: Guest) -> Iterator[Fault]:
