@@ -330,7 +330,7 @@ def bench() -> Task:
             raise UserError("bench measures one guest", hint="bench driver=VERSION")
         bench.main(_context())
 
-    return plain(measure, "measure: no-op, restore, stages, image size (all=1: also changes)",
+    return plain(measure, "measure: no-op, restore, stages, image size (all=1: changes, kernel)",
                  task_dep=[DEFAULT])
 
 

@@ -234,6 +234,7 @@ def test_driver_modules_are_compiled_against_the_headers_alone(
     modules = tmp_path / "modules/usr/lib/modules" / release
     assert {path.name for path in (modules / "kernel/drivers/video").iterdir()} == {
         "nvidia.ko", "nvidia-uvm.ko"}
+    assert build.facts["times"].keys() == {"conftest", "compile"}
     record = [line.split() for line in (modules / "driver-headers").read_text().splitlines()]
     assert record == [[hashlib.sha256(data).hexdigest(), name] for name, data in (
         ("settings", b"CONFIG_A=toy\nCONFIG_SMP=y\n"), ("Module.symvers", b"exports\n"))]

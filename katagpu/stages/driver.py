@@ -7,6 +7,7 @@ no change to the root file system compiles them again.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,13 +87,17 @@ def compile_modules(build: Build, source: Path) -> None:
     # the driver's own files are in the key of `nvconftest`
     others = (output.identity for name, output in sorted(build.inputs.items()) if name != "run")
     results = build.store.root / "ccache/conftest" / nvconftest.key(source, *others)
-    build.facts["conftest_kept"] = build.ccache and nvconftest.restore(results, source)
+    kept = build.facts["conftest_kept"] = build.ccache and nvconftest.restore(results, source)
     roots = [Root(lower=(*layers, build.tree("toolchain")), upper=build.directory("upper"))]
     binds = [Bind(source=headers / place.lstrip("/"), target=place),
              Bind(source=source, target=DRIVER, writable=True), *ccache]
+    started = time.time()
     build.enter(["make", ARCH, f"-j{jobs()}", f"SYSSRC={place}", f"SYSOUT={place}", "CC=gcc",
                  f"NV_EXCLUDE_KERNEL_MODULES={' '.join(build.options['excluded'])}", "modules"],
                 roots, binds=binds, env=env, cwd=DRIVER)
+    probing = 0.0 if kept else nvconftest.seconds(source, started)
+    build.facts["times"] = {"conftest": round(probing, 1),
+                            "compile": round(time.time() - started - probing, 1)}
     if build.ccache:
         with writing(build.store.root):
             nvconftest.keep(source, results, build.scratch)
