@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import shutil
@@ -20,7 +21,7 @@ from katagpu.keys import PACKAGE
 from katagpu.lock import Deb, Lock
 from katagpu.run import Result
 from katagpu.sandbox import Bind, Root
-from katagpu.schema import Headers, ImageFormat, ImageModel, Recipe
+from katagpu.schema import Agent, Headers, ImageFormat, ImageModel, Recipe
 from katagpu.stages import roots
 from katagpu.stages.api import Build, Stage
 from katagpu.store import Kind, Output, Store
@@ -33,7 +34,7 @@ class Recorder(Build):
     """Records what would run; `effect` stands for what the programs would leave behind."""
 
     def __init__(self, stage: Stage, directory: Path,
-                 effect: Callable[[Recorder, Sequence[str]], None] = lambda *_: None) -> None:
+                 effect: Callable[[Recorder, Sequence[str]], object] = lambda *_: None) -> None:
         output = Output(kind=Kind.FILE, identity="0" * 64, blob="0" * 64, size=0)
         super().__init__(stage, Store(directory / "store"),
                          dict.fromkeys(stage.inputs, output), directory, directory / "log")
@@ -198,6 +199,67 @@ def tarball(files: Mapping[str, str]) -> bytes:
             info.size = len(text)
             tar.addfile(info, io.BytesIO(text.encode()))
     return stream.getvalue()
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+def test_the_kernel_s_source_is_the_one_tarball_of_its_package(
+        default: Recipe, tmp_path: Path) -> None:
+    build = Recorder(stage(default, "kernel_source"), tmp_path)
+    build.files = {"packages": package(tmp_path / "linux-source", {
+        "usr/src/linux-source-6.12.tar.xz": b"source",
+        "usr/src/linux-patch-6.12-rt.patch.xz": b"a patch that is not ours"})}
+    build.stage.make(build)
+    assert (build.ran, set(build.outputs)) == ([], {"tarball"})
+    log = (tmp_path / "log").read_text()
+    assert f"$ dpkg-deb --extract {tmp_path}/linux-source.deb {tmp_path}/deb" in log
+    build = Recorder(stage(default, "kernel_source"), tmp_path / "empty")
+    build.files = {"packages": package(tmp_path / "other", {"usr/src/config.xz": b""})}
+    build.scratch.mkdir()
+    with pytest.raises(StepError, match="does not contain one tarball"):
+        build.stage.make(build)
+
+
+def test_the_configuration_is_merged_on_nothing_and_settled(
+        default: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = REPOSITORY / "tests/data/toykernel"
+    monkeypatch.setattr("katagpu.stages.config.tree", lambda build: toy)
+    fragment = tmp_path / "mine.conf"
+    fragment.write_text("CONFIG_PCI=y\n")
+    real = stage(default, "kernel_config")
+    own = dataclasses.replace(real, options={"fragments": ["base/mine.conf"]},
+                              files={**real.files, "base/mine.conf": fragment})
+
+    def effect(build: Recorder, argv: Sequence[str]) -> None:
+        if "olddefconfig" in argv:
+            (build.directory("build") / ".config").write_text("CONFIG_64BIT=y\nCONFIG_PCI=y\n")
+
+    build = Recorder(own, tmp_path, effect)
+    build.stage.make(build)
+    source, out = "/usr/src/linux", "/katagpu/kernel/build"
+    assert build.ran == [
+        ["make", "-C", source, f"O={out}", "ARCH=x86_64", "outputmakefile"],
+        [f"{source}/scripts/kconfig/merge_config.sh", "-n", "-O", out,
+         "/katagpu/fragments/00-mine.conf"],
+        ["make", "-C", source, f"O={out}", "ARCH=x86_64", "olddefconfig"]]
+    assert all(env == {"ARCH": "x86_64"} for env in build.environments)
+    assert set(build.outputs) == {"config"}
+    names = list(real.options["fragments"])
+    assert names == sorted(names) and names[0] == "kernel-configs/base/10-build.conf"
+
+
+def test_an_agent_is_read_out_of_an_image_by_the_image_tools(
+        default: Recipe, tmp_path: Path) -> None:
+    image = tmp_path / "kata.image"
+    plan = disk.layout(64 << 20)
+    (tmp_path / "fs").write_bytes(bytes(1080) + b"\x53\xef" + bytes(2966))  # ext4's magic
+    disk.write(image, plan, [tmp_path / "fs"], disk_signature=1)
+    build = Recorder(
+        stage(replace(default, agent=Agent(image=str(image))), "agent"), tmp_path,
+        lambda build, _argv: shutil.copy("/bin/true", build.directory("agent") / "dumped"))
+    build.stage.make(build)
+    assert build.ran == [["debugfs", "-R", f'dump /usr/bin/kata-agent "{tmp_path}/agent/dumped"',
+                          f"{image}?offset={plan.partitions[0].offset}"]]
+    assert set(build.outputs) == {"agent"} and build.facts["needed"] == ["libc.so.6"]
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
