@@ -137,17 +137,17 @@ def _place(binary: Binary) -> str:
 
 
 def _modules(sources: Sources, target: Path, release: str) -> int:
-    """The modules of the layers, and beside them what depmod reads of the kernel's own directory.
+    """The modules of the layers with their record, and what depmod reads of the kernel's own.
 
     A GPU's driver depends on nothing but what is built into our kernels; the check of modules.dep
     fails where it does.
     """
     place = f"lib/modules/{release}"
-    count = _tree(sources, f"/{place}", target / place)
+    _tree(sources, f"/{place}", target / place)
     for name in KERNEL_FILES:
         if sources.root.is_file(f"/{place}/{name}"):
             _copy(sources, f"/{place}/{name}", target / place / name)
-    return count
+    return sum(1 for _ in (target / place).rglob("*.ko*"))
 
 
 def _tree(sources: Sources, directory: str, target: Path) -> int:

@@ -29,6 +29,7 @@ class Layers:
         program(self.toolkit / "usr/bin/nvidia-container-runtime-hook")
         module(self.modules / MODULES / "kernel/drivers/video/nvidia.ko", NVIDIA)
         module(self.modules / MODULES / "kernel/drivers/video/nvidia-uvm.ko", UVM)
+        (self.modules / MODULES / "driver-headers").write_text("what they were compiled against\n")
 
     def _base(self) -> None:
         for name in ("bin", "sbin", "lib", "lib64"):
@@ -99,6 +100,7 @@ def test_what_is_on_the_disk_is_exactly_this(layers: Layers) -> None:
         f"{modules}/kernel/drivers/video/nvidia.ko",
         f"{modules}/kernel/drivers/video/nvidia-uvm.ko",
         f"{modules}/modules.builtin", f"{modules}/modules.order", f"{modules}/kernel-build-id",
+        f"{modules}/driver-headers",
         f"lib/firmware/nvidia/{DRIVER}/gsp_ga10x.bin",
         "etc/OpenCL/vendors/nvidia.icd", "usr/share/doc/libcuda1/copyright",
         "var/run/nvidia-persistenced"}

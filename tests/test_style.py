@@ -27,7 +27,7 @@ LAYERS = (
     ("kconfig", "kconfig_expr", "kconfig_tree", "kconfig_explain", "patches", "disk", "newc",
      "filesystem", "agent", "nvconftest", "guestfiles", "verity", "kataconfig", "kernelorg",
      "drivermanifest", "driverparts", "runpayload", "runfile", "nvbranches", "nvcauses",
-     "nvinstaller", "nvoutcome", "nvpreflight"),
+     "nvinstaller", "nvoutcome", "nvpreflight", "provenance"),
     ("boot", "check", "inside", "assembly", "packing", "filelist", "harvest", "vgpu",
      "kconfig_spans", "verity", "extension"),
     ("stages",),

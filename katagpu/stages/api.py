@@ -28,6 +28,7 @@ Options = Mapping[str, Any]
 CCACHE_SIZE = "2G"  # of each compiler cache, which drops what is more by itself
 RECIPE = "the recipe has its address and its digest: mend them there"
 """What to do about a download that is not there, or not what was asked for."""
+CCACHE_LOG = "ccache-log"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,13 +243,28 @@ class Build:
         ccache's own check looks at the compiler's time and size, and our times are clamped.
         """
         if not self.ccache:
+            self.facts["ccache"] = {"hits": 0, "misses": 0}
             return [], {"CCACHE_DISABLE": "1"}
         directory = self.store.root / "ccache" / name
         with writing(self.store.root):
             directory.mkdir(parents=True, exist_ok=True)
-        return ([Bind(source=directory, target="/ccache", writable=True)],
+        return ([Bind(source=directory, target="/ccache", writable=True),
+                 Bind(source=self.directory(CCACHE_LOG), target=f"/{CCACHE_LOG}", writable=True)],
                 {"CCACHE_DIR": "/ccache", "CCACHE_COMPILERCHECK": f"string:{compiler}",
-                 "CCACHE_NOHASHDIR": "1", "CCACHE_MAXSIZE": CCACHE_SIZE})
+                 "CCACHE_NOHASHDIR": "1", "CCACHE_MAXSIZE": CCACHE_SIZE,
+                 "CCACHE_STATSLOG": f"/{CCACHE_LOG}/log"})
+
+    def _compilations(self) -> dict[str, Any]:
+        """How many compilations ccache answered, and how many not; nothing where it is silent.
+
+        CCACHE_STATSLOG lists each call's counters by name; ccache before 4.4 has no such log.
+        """
+        try:
+            counters = (self.scratch / CCACHE_LOG / "log").read_text(errors="replace").splitlines()
+        except OSError:
+            return {}
+        hits = sum(line in ("direct_cache_hit", "preprocessed_cache_hit") for line in counters)
+        return {"ccache": {"hits": hits, "misses": counters.count("cache_miss")}}
 
     # outputs
 
@@ -284,4 +300,4 @@ class Build:
         if missing:
             raise StepError(f"{self.stage.name} did not make: {', '.join(sorted(missing))}")
         return Action(stage=self.stage.name, key=dict(key), outputs=self.outputs,
-                      record={**record, **self.facts})
+                      record={**record, **self._compilations(), **self.facts})
