@@ -43,6 +43,12 @@ pytestmark = pytest.mark.skipif(any(shutil.which(name) is None for name in PROGR
                                 reason=f"needs {', '.join(PROGRAMS)}")
 
 
+@pytest.fixture(autouse=True)
+def no_preflight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for what Linux's headers have; the compiler is not in the root by itself."""
+    monkeypatch.setattr(driver, "require_modules", lambda *_where: None)
+
+
 class HostBuild(Build):
     """A build whose roots have their programs from the build host's /usr, under a layer of own."""
 
