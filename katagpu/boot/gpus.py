@@ -86,6 +86,7 @@ def modules(session: Session) -> list[str]:
         return [name for name in wanted if not guest.exists(f"/sys/module/{name}/refcnt")]
 
     if not guest.until(lambda: not missing(), session.patience):
+        session.lost = "the driver's modules are not loaded, as another check says"
         asked = guest.run(["modprobe", "--verbose", *(
             ["--dirname", facts.extension] if facts.extension else []), "nvidia"]).said
         raise Failed(f"not loaded: {', '.join(missing())}",
@@ -105,7 +106,7 @@ def modules(session: Session) -> list[str]:
 def vermagic(session: Session) -> list[str]:
     """Each of the driver's modules was made for this kernel, as modinfo says of the file."""
     facts = session.facts
-    session.require_driver()
+    session.require_driver(working=False)
     base = ["--basedir", facts.extension] if facts.extension else []
     lines = []
     for name in ("nvidia", "nvidia-uvm"):
@@ -144,6 +145,7 @@ def _bound(session: Session, plugged: Plugged) -> list[str]:
         return find(session, plugged).driver == "nvidia"
 
     if not session.guest.until(bound, session.patience, step=0.3):
+        session.lost = "the driver has not taken the GPU, as another check says"
         raise Failed(f"{find(session, plugged)}: nvidia.ko did not take it",
                      session.grep(r"NVRM|nvidia"),
                      cause=_refusal(session), cure="the kernel's lines above say why")
@@ -271,6 +273,8 @@ def hot_bound(session: Session) -> list[str]:
 def second(session: Session) -> list[str]:
     """A second GPU is hot-plugged beside the first; both have addresses and the driver."""
     session.first()
+    if session.lost:
+        raise Skipped(session.lost)
     plugged = session.plug_gpu()
     lines = [*_addresses(session, plugged), *_bound(session, plugged), *_model(session, plugged)]
     first, other = (find(session, each) for each in session.gpus[:2])
