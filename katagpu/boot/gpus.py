@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 
+from katagpu import provenance
 from katagpu.boot import pci
 from katagpu.boot.facts import Failed, Skipped
 from katagpu.boot.pci import Function
@@ -118,6 +119,28 @@ def vermagic(session: Session) -> list[str]:
                                "modules.dep", cure="./doitw build_image")
         lines.append(f"{name}: {said}")
     return lines
+
+
+def compiled_against(session: Session) -> list[str]:
+    """The driver's modules were compiled against this very kernel's configuration."""
+    session.require_driver(working=False)
+    if not session.guest.exists("/proc/config.gz"):
+        raise Skipped("this kernel does not show its configuration (IKCONFIG_PROC)")
+    import gzip
+
+    place = f"{session.facts.extension or ''}/lib/modules/{session.facts.release}"
+    try:
+        found = provenance.read(session.guest.text(f"{place}/{provenance.RECORD}"))
+    except FileNotFoundError:
+        found = {}
+    running = provenance.settings(gzip.decompress(session.guest.read("/proc/config.gz")).decode())
+    if found.get(provenance.SETTINGS) != running:
+        raise Failed("the driver's modules are of a kernel of another configuration", [
+            f"compiled against {found.get(provenance.SETTINGS, 'nobody knows what')}",
+            f"running          {running}"],
+            cause="kernel and image are of two builds; the release is the same, and says nothing",
+            cure="./doitw build_image, and install all of its files together")
+    return [f"settings {running}"]
 
 
 def nouveau(session: Session) -> list[str]:
