@@ -97,8 +97,8 @@ ALTERED: dict[str, tuple[str, set[str], str]] = {
         "mv /tmp/kept/* kernel/drivers/video/",
         {"cold-plug: modules", "cold-plug: vermagic", "hot-plug: hot-bound"}, "modules.dep"),
     "a library that libcuda is linked to": (
-        f"rm {LIBRARIES}/librt.so.1", {"cold-plug: libraries", "cold-plug: driver-libraries"},
-        "librt.so.1"),
+        f"rm {LIBRARIES}/librt.so.1",
+        {"cold-plug: libraries", "cold-plug: driver-libraries", "cold-plug: nvml"}, "librt.so.1"),
     "libnvidia-nvvm, which is only opened at run time": (
         "find /usr/lib -name 'libnvidia-nvvm.so*' -delete; ldconfig",
         {"cold-plug: driver-libraries"}, "libnvidia-nvvm"),
@@ -169,7 +169,7 @@ def test_a_truncated_image(booted: Booted, tmp_path: Path) -> None:
 def test_a_gpu_that_does_not_answer(booted: Booted) -> None:
     """A check that cannot fail is noticed here."""
     setting = dataclasses.replace(booted.setting, gpu=fallen_off(booted.setting.gpu))
-    found = failed(booted.check(setting=setting))
+    found = failed(dataclasses.replace(booted, setting=setting).check())
     assert set(found) == {"cold-plug: cold-bound", "hot-plug: hot-bound"}
     assert "ones" in found["cold-plug: cold-bound"]
 
