@@ -154,28 +154,38 @@ def units(session: Session) -> list[str]:
 
 
 def libraries(session: Session) -> list[str]:
-    """Every program and shared library of the guest finds all that it is linked to."""
+    """Every program and shared library of the guest finds all that it is linked to.
+
+    The guest's own loader lists each program, and libraries many at a time, as a program that has
+    them all. By itself a private library need not find what its program brings.
+    """
     place = session.facts.extension
     env = f"export LD_LIBRARY_PATH={place}{LIBRARIES}; " if place else ""
-    # The kernel's own library is in every list that the loader makes. Of what has none it says
-    # `FILE: error while loading shared libraries: NAME: cannot open shared object file`.
+    find = f"find / {place or ''} -xdev -type f"
+    many = f"sh -c '{LOADER} --list --preload \"$*\" /bin/true' sh"
     found = session.guest.shell(
-        f"{env}find / {place or ''} -xdev -type f \\( -name '*.so*' -o -perm -100 \\) -print0 | "
-        f"xargs -0 -n 1 -P 2 {LOADER} --list 2>&1 | awk '/linux-vdso/ {{count++}} "
-        "/not found|cannot open shared object/ {print} END {print \"count\", count + 0}'",
+        f"{env}{{ {find} -perm -100 ! -name '*.so*' -print0 | xargs -0 -n 1 -P 2 {LOADER} --list; "
+        f"{find} -name '*.so*' -print0 | xargs -0 -n 120 {many}; }} 2>&1 | "
+        "awk '/linux-vdso/ {programs++} $2 == \"=>\" {seen[$3]} $1 ~ /^\\// && /0x/ {seen[$1]} "
+        "/not found|cannot open shared object/ {print} "
+        "END {for (one in seen) count++; print \"count\", programs + 0, count + 0}'",
         timeout=120).stdout.splitlines()
-    count = next((line for line in found if line.startswith("count ")), "count 0")
     wrong = [line.strip() for line in found if not line.startswith("count ")]
     if wrong:
-        raise Failed(f"{len(wrong)} programs and libraries do not find what they are linked to",
-                     wrong,
+        lacking = {line.split(": ")[2] for line in wrong if line.count(": ") > 2}
+        alone = session.guest.shell(
+            f"{env}{find} -name '*.so*' -print0 | xargs -0 -n 1 -P 2 {LOADER} --list 2>&1 | "
+            "grep 'cannot open shared object'", timeout=120).said
+        raise Failed("programs and libraries do not find what they are linked to",
+                     [*wrong, *(line for line in alone if lacking & set(line.split(": ")))],
                      cause="a package or a file of the driver is missing, or ld.so.cache is old",
                      cure="add the package that has the library to rootfs.packages, or the "
                           "capability to driver.capabilities")
-    if int(count.split()[1]) == 0:
+    counts = found[-1].split()[1:] if found else ["0", "0"]
+    if "0" in counts:
         raise Failed("no program of the guest could be looked at", found[:5],
                      cause="the guest's dynamic loader does not run", cure=REBUILD)
-    return [f"{count.split()[1]} programs and libraries, all resolved"]
+    return [f"{counts[0]} lists of the loader, {counts[1]} libraries in them, all resolved"]
 
 
 def kernel_log(session: Session) -> list[str]:
