@@ -78,9 +78,10 @@ class _Making:
 
     def make(self, apt: Path) -> LockFile:
         """Resolve, fetch what its digest must be known of, and put it together."""
-        wanted = request.request(self.recipe, self.root)
+        # By name, not by what is asked: parts that ask alike move apart.
+        wanted = replace(request.request(self.recipe, self.root), digests={})
         kept = {} if self.before is None else self.before.lock().groups
-        known = {wanted.digests[name]: Known(debs=kept[name]) for name in wanted.groups
+        known = {name: Known(debs=kept[name]) for name in wanted.groups
                  if OF_GROUP[name] not in self.moved and name in kept}
         groups = dict(resolve.resolve(wanted, apt, known).groups)
         _fits(wanted, groups, self.moved)
