@@ -78,6 +78,9 @@ def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
     report = (Artifact(stage="rootfs", output="report", name="checks.txt"),)
     initrd = (Artifact(stage="initrd", output="image", name=f"{base}.initrd",
                        link=final.INITRD),)
+    drop_ins = (Artifact(stage="initrd_config", output="config", name="50-katagpu-initrd.toml"),
+                Artifact(stage="initrd_config", output="config_rs",
+                         name="50-katagpu-initrd-runtime-rs.toml"))
     image: tuple[Artifact, ...] = (
         Artifact(stage="image", output="image", name=f"{base}.image",
                  link=final.BASE_IMAGE if split else final.IMAGE),)
@@ -95,7 +98,8 @@ def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
         about += (Artifact(stage="driver_user", output="parts", name="driver-parts.json"),)
     return {
         "build_kernel": kernel, "build_headers": headers, "build_rootfs": report,
-        "install_driver": (), "install_toolkit": (), "build_initrd": (*kernel, *initrd),
+        "install_driver": (), "install_toolkit": (),
+        "build_initrd": (*kernel, *initrd, *drop_ins),
         "boot_check": (*BOOT_CHECK, CHECKED),
         "build_image": (*kernel, *headers, *report, *image, *about),
     }[task]

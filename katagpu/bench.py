@@ -14,9 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from katagpu import artifacts, log, recipe
+from katagpu import artifacts, log, recipe, sandbox
 from katagpu.errors import StepError
+from katagpu.sandbox import Bind
 from katagpu.schema import KernelModule
+from katagpu.stages import kbuild
+from katagpu.stages.api import Build, jobs
+from katagpu.store import writing
 
 if TYPE_CHECKING:
     from katagpu.context import Context
@@ -29,8 +33,12 @@ def task_nothing():
     return {"actions": ["true"], "uptodate": [True]}
 """
 NO_OP, RESTORE, CHANGE = 1.7, 1.2, 1.15
+KERNEL, WARM = 0.6, 0.1
 """Targets: the most that a ratio should be."""
 IMAGE_SIZE = 300_000_000
+COLD = 40 * 60
+"""Seconds of wall that a whole build without any cache should take at most."""
+COMPILES = ("kernel", "driver_modules")
 SCRATCH_LEAVES_OUT = ("out", ".git", ".venv", ".venv.lock", ".*_cache", "__pycache__")
 
 
@@ -74,6 +82,49 @@ def stage_lines(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield f"{'sum':<16} {sums[0]:8.1f} {sums[1]:8.1f}"
 
 
+def warmth(name: str, record: Mapping[str, Any]) -> str | None:
+    """Why a stage's times are not those of a cold run; None where they are."""
+    if name not in COMPILES:
+        return None
+    if "ccache" not in record:
+        return "nothing is known of ccache's part"
+    hits, misses = record["ccache"]["hits"], record["ccache"]["misses"]
+    if hits:
+        return f"{hits} of {hits + misses} compilations came from ccache"
+    return "the results of conftest were kept" if record.get("conftest_kept") else None
+
+
+def cold_lines(records: Mapping[str, Mapping[str, Any]],
+               needs: Callable[[str], Sequence[str]]) -> Iterator[str]:
+    """What a whole cold build takes, where every stage was made cold; else why that is not known.
+
+    `needs` are the stages that a stage waits for. Stages that do not wait for each other run side
+    by side, so the truth is between the longest way and the sum.
+    """
+    warm = [f"{name} ({why})" for name, record in records.items()
+            if (why := warmth(name, record)) is not None]
+    if warm:
+        yield f"whole cold build_image: not known: {'; '.join(warm)}"
+        return
+    ends: dict[str, float] = {}
+    for name, record in records.items():  # inputs first
+        ends[name] = record.get("wall", 0) + max((ends[need] for need in needs(name)), default=0.0)
+    total = sum(record.get("wall", 0) for record in records.values())
+    yield (f"whole cold build_image: {log.duration(max(ends.values()))} on the longest way, "
+           f"{log.duration(total)} one stage after another; at most {log.duration(COLD)}: "
+           f"{'within' if total <= COLD else 'MISSES, if nothing ran side by side'}")
+
+
+def driver_line(record: Mapping[str, Any]) -> str:
+    """Where the time of a module build went."""
+    times = record.get("times")
+    if times is None:
+        return "driver modules: nothing is known of where their time went"
+    probes = "kept from before" if record.get("conftest_kept") else f"{times['conftest']} s"
+    return (f"driver modules, wall: conftest {probes}, compiling {times['compile']} s, all "
+            f"{record['wall']} s")
+
+
 def size_lines(image: int, parts: Mapping[str, int]) -> Iterator[str]:
     """The image's size, and what takes the space in it before it is packed."""
     yield f"image: {log.size(image)} (at most {log.size(IMAGE_SIZE)})"
@@ -95,6 +146,13 @@ def change_line(what: str, wall: float, build: Mapping[str, Any], needed: Sequen
             f"{', '.join(needed)}; made: {', '.join(made)}")
 
 
+def cutoff_line(what: str, build: Mapping[str, Any], stage: str) -> str:
+    """Whether a change of a stage that changes nothing of its output ran it again, and it alone."""
+    made = [step["stage"] for step in build["steps"] if "stage" in step and not step.get("hit")]
+    verdict = "and nothing after it" if made == [stage] else f"MISSES: it should be {stage} alone"
+    return f"{what}: made {', '.join(made) or 'nothing'}; {verdict}"
+
+
 def main(context: Context) -> None:
     """Measure, and print. Raises `StepError` when something that is measured fails."""
     print_lines([_no_op(context), _restore(context)])
@@ -102,12 +160,16 @@ def main(context: Context) -> None:
                for name in context.plan.closure(stage)
                if (action := context.plan.action(name)) is not None}
     print_lines(stage_lines(records))
+    print_lines(cold_lines(records, context.plan.needs))
+    if "driver_modules" in records:
+        print_lines([driver_line(records["driver_modules"])])
     image = context.plan.action("image")
     assert image is not None, "build_image ran before"
     sizes = json.loads(context.store.blob(image.outputs["sizes"].blob).read_bytes())
     print_lines(size_lines(image.outputs["image"].size, sizes))
     if context.values.get("all", "0") != "0":
         _changes(context)
+        _kernel(context)
 
 
 def print_lines(lines: Sequence[str] | Iterator[str]) -> None:
@@ -173,6 +235,11 @@ def _changes(context: Context) -> None:
         path = root / "recipes" / f"{context.recipe.name}.yaml"
         was = context.recipe.driver.kernel_module
         now = KernelModule.CLOSED if was is KernelModule.OPEN else KernelModule.OPEN
+        with (root / "katagpu/stages/source.py").open("a") as stream:
+            stream.write(f"\n# bench {time.time()}\n")
+        _call([*build, TASK], root)
+        print_lines([cutoff_line("a comment added to a stage's code", _record(place),
+                                 "kernel_source")])
         unit = next(path for path in sorted((root / "rootfs").rglob("*.service*"))
                     if path.is_file())
         with unit.open("a") as stream:
@@ -192,3 +259,40 @@ def _changes(context: Context) -> None:
 def _record(place: Path) -> Mapping[str, Any]:
     record: dict[str, Any] = json.loads((place / "build-record.json").read_bytes())
     return record
+
+
+def defconfig(build: Build) -> None:
+    """Build the kernel stage's source as its own x86_64_defconfig, as the stage builds ours."""
+    work = build.directory("area/build")
+    ccache, env = kbuild.environment(build, "kernel")
+    binds = [Bind(source=kbuild.tree(build), target=kbuild.SOURCE),
+             Bind(source=work.parent, target=kbuild.AREA, writable=True), *ccache]
+    for words in (["-C", kbuild.SOURCE, f"O={kbuild.BUILD}", "x86_64_defconfig"],
+                  ["bzImage", "modules"]):
+        build.enter(["make", kbuild.ARCH, f"-j{jobs()}", *words], kbuild.roots(build), binds=binds,
+                    env=env, cwd=kbuild.BUILD)
+
+
+def _kernel(context: Context) -> None:
+    """CPU seconds of the kernel stage: beside the source's defconfig, and with ccache's help."""
+    stage = context.plan.stages["kernel"]
+    inputs = context.plan.inputs("kernel")
+
+    def spent(name: str, make: Callable[[Build], None], *, ccache: bool) -> float:
+        with (writing(context.store.root),
+              context.store.staging(f"bench-{name}", sandbox.remove) as scratch):
+            build = Build(stage, context.store, inputs, scratch, scratch / "log", ccache=ccache)
+            make(build)
+            return build.cpu
+
+    cold = spent("cold", stage.make, ccache=False)
+    print_lines([cpu_line("kernel, cold, over x86_64_defconfig of its source", cold,
+                          spent("defconfig", defconfig, ccache=False), KERNEL)])
+    spent("fill", stage.make, ccache=True)
+    print_lines([cpu_line("kernel, ccache warm, over cold",
+                          spent("warm", stage.make, ccache=True), cold, WARM)])
+
+
+def cpu_line(what: str, one: float, other: float, target: float) -> str:
+    """The ratio of CPU seconds of two builds, each run once, and whether it keeps its target."""
+    return f"{what}: {_verdict(one / other, target)}; {one:.0f} over {other:.0f} CPU seconds"

@@ -32,14 +32,25 @@ RETRY_AFTER_LIMIT = 30.0  # seconds
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 
+SUPERSEDED = ("mirrors drop or replace a file when a newer version supersedes it: a store that has "
+              "it supplies it (KATAGPU_STORE), or a mirror that keeps old versions "
+              "(`distribution.mirror` in the recipe; for Debian, a day of "
+              "https://snapshot.debian.org); `./doitw lock` takes the newer one")
+"""What to do where the mirror has not a package that the lock names, or another one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A file to fetch: `what` is its name as the user knows it, `size` is in bytes."""
+    """A file to fetch: `what` is its name as the user knows it, `size` is in bytes.
+
+    `cure` is what to do where the address has no such file, or another one.
+    """
 
     url: str
     what: str
     sha256: str | None = None
     size: int | None = None
+    cure: str = "is the address right, and does the server still have this version?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +166,7 @@ class Download:
                 f"{self.job.what}: {self.job.url} is not what was asked for\n"
                 f"  expected sha256 {self.job.sha256}\n  got      sha256 {found} "
                 f"({log.size(self.at)})",
-                hint="where the file was replaced on purpose, `./doitw lock` takes the new one")
+                hint=self.job.cure)
 
     def _resume(self, part: int) -> bool:
         """Take over what an earlier run left, if the rest can be asked for safely."""
@@ -205,7 +216,8 @@ class Download:
         try:
             stream = source.open("rb", buffering=0)
         except OSError as failure:
-            raise Gone(f"{self.job.what}: cannot read {source}: {failure.strerror}") from None
+            raise Gone(f"{self.job.what}: cannot read {source}: {failure.strerror}",
+                       hint=self.job.cure) from None
         with stream:
             self._expect(os.fstat(stream.fileno()).st_size)
             while block := stream.read(CHUNK):
@@ -261,7 +273,7 @@ class Download:
         if self.job.size not in {None, size}:
             raise UserError(
                 f"{self.job.what}: {self.job.url} has {size} bytes, expected {self.job.size}",
-                hint="it was replaced by another version: `./doitw lock` takes the new one")
+                hint=self.job.cure)
         if self.total is None:
             self.shared.progress.expect(size)
         self.total = size
@@ -297,9 +309,7 @@ def refuse(job: Job, response: requests.Response) -> None:
         raise Transient(f"the server answered {status} {response.reason or ''}".rstrip(),
                         pause=float(after) if after.isdigit() else 0.0)
     if status in {404, 410}:
-        raise Gone(f"{said}: the server does not have it (any more)", hint=(
-            "mirrors drop a file when a newer version supersedes it; `./doitw lock` takes the "
-            "newer one"))
+        raise Gone(f"{said}: the server does not have it (any more)", hint=job.cure)
     if status in {401, 403, 407}:
         raise UserError(f"{said}: access was refused", hint=(
             "the address needs a login (~/.netrc) or the proxy does (http_proxy, https_proxy)"))

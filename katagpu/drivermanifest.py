@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Flag, StrEnum, auto
 from pathlib import PurePosixPath
 
-from katagpu.errors import StepError
+from katagpu.errors import UserError
 
 FILE = ".manifest"
 FILELIST = "sandboxutils-filelist.json"  # NVIDIA's own classification, since 570
@@ -138,12 +138,12 @@ class Manifest:
 
 
 def parse(text: str) -> Manifest:
-    """Read a manifest. Raises `StepError` with the line's number where it has no sense."""
+    """Read a manifest. Raises `UserError` with the line's number where it has no sense."""
     rows = [(number, line) for number, line in enumerate(text.split("\n"), 1)
             if line.rstrip("\r")]
     lines = [line for _, line in rows]
     if len(lines) < HEADER_LINES or not re.fullmatch(r"\d{3}\.\d+(\.\d+)?\S*", lines[1].strip()):
-        raise StepError(f"the driver's {FILE} does not start with {HEADER_LINES} lines, of which "
+        raise UserError(f"the driver's {FILE} does not start with {HEADER_LINES} lines, of which "
                         "the second is a version", hint=NOT_NVIDIA)
     entries, notes = [], []
     for number, line in rows[HEADER_LINES:]:
@@ -174,8 +174,8 @@ class _Line:
         self.words = [word for word in words[3:] if not word.startswith(_MODULE)]
         self.fields = TYPES[self.type] if self.known else self._guess()
 
-    def wrong(self, why: str) -> StepError:
-        return StepError(f"line {self.number} of the driver's {FILE} {why}: {self.text[:200]}",
+    def wrong(self, why: str) -> UserError:
+        return UserError(f"line {self.number} of the driver's {FILE} {why}: {self.text[:200]}",
                          hint=NOT_NVIDIA)
 
     def _guess(self) -> Field:

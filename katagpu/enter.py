@@ -49,7 +49,9 @@ CAPABILITIES = (9, 16, 17, 20, 22, 25, 26, 27, 30, 32, 33, 34, 35, 38, 39)
 HIDDEN_DIRECTORIES = ("sys/bus/pci", "sys/module", "sys/class/drm", "sys/firmware")
 HIDDEN_FILES = ("proc/modules",)
 # NVIDIA's installer wants the program named here to be in the guest; the host's may lie elsewhere.
-ANSWERS = {"proc/sys/kernel/modprobe": "/sbin/modprobe\n"}
+# Which kernel the build host runs, and what compiled that, is not a guest's matter.
+ANSWERS = {"proc/version": "Linux version 0.0.0 (katagpu@katagpu) #1\n",
+           "proc/sys/kernel/modprobe": "/sbin/modprobe\n"}
 # Here root writes to the host's kernel without any capability.
 READ_ONLY = ("proc/sys", "proc/sysrq-trigger", "proc/irq", "proc/bus")
 REFUSED, NO_SPACE = 125, 124  # exit statuses for what the kernel refused

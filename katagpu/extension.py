@@ -5,6 +5,9 @@ brings, and what that needs and the base has not. Layout as Kata's (nvidia_rootf
 tools/osbuilder), so that nvidia-ctk with `--driver-root` finds it: bin, usr/lib/<triplet> without
 directories in it, lib/modules, lib/firmware/nvidia, etc/ld.so.cache.
 
+Of a layer that holds what the driver's own manifest has for this guest, and nothing else, all files
+are taken. Packages of a distribution bring more than that: of theirs the names below.
+
 Runs in the namespace that owns the layers' files.
 """
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from katagpu.check.elf import Binary
@@ -43,11 +46,15 @@ KERNEL_FILES = ("modules.builtin", "modules.builtin.modinfo", "modules.order", B
 
 
 class Sources:
-    """The merged root with the driver in it, and the layers (directories) that the base lacks."""
+    """The merged root with the driver in it, and the layers (directories) that the base lacks.
 
-    def __init__(self, root: Path, layers: Sequence[Path]) -> None:
+    Of the layers that are `whole` all is taken.
+    """
+
+    def __init__(self, root: Path, layers: Sequence[Path], whole: Sequence[Path]) -> None:
         self.root = Root(root)
         self.layers = layers
+        self.whole = whole
         self.linker = Linker(self.root)
 
     def brought(self, path: str) -> bool:
@@ -55,13 +62,15 @@ class Sources:
         return any(os.path.lexists(layer / path.lstrip("/")) for layer in self.layers)
 
 
-def harvest(root: Path, *, layers: list[str], out: str, release: str) -> dict[str, int]:
+def harvest(root: Path, *, layers: list[str], whole: list[str], out: str,
+            release: str) -> dict[str, int]:
     """Fill the directory `out`; how many files of each kind are in it.
 
     `root` is base, toolkit, driver and modules merged; `layers` are the directories of those that
-    the base lacks. Raises `StepError` where they have no driver.
+    the base lacks, `whole` those of them of which every file is taken. Raises `StepError` where
+    they have no driver.
     """
-    sources = Sources(root, [Path(layer) for layer in layers])
+    sources = Sources(root, [Path(layer) for layer in layers], [Path(layer) for layer in whole])
     target = Path(out)
     chosen = {binary.path: binary for binary in _own(sources)}
     for binary in _needed(sources, chosen.values()):
@@ -79,6 +88,7 @@ def harvest(root: Path, *, layers: list[str], out: str, release: str) -> dict[st
     for directory in DATA:
         counts["data"] = counts.get("data", 0) + _tree(sources, f"/{directory}",
                                                        target / directory)
+    counts["data"] += _rest(sources, chosen, target)
     # nvidia-ctk looks for the daemon's socket below the driver's root. Not a link of all of /run:
     # by that it would find the programs under a second path, and give it to containers.
     (target / SOCKET).parent.mkdir(parents=True)
@@ -90,7 +100,8 @@ def harvest(root: Path, *, layers: list[str], out: str, release: str) -> dict[st
 def _own(sources: Sources) -> Iterator[Binary]:
     """The driver's libraries and the programs, by their real paths."""
     for path, binary in sources.linker.binaries.items():
-        if DRIVER_LIBRARY.match(path.rpartition("/")[2]) and sources.brought(path) \
+        named = DRIVER_LIBRARY.match(path.rpartition("/")[2]) and sources.brought(path)
+        if (named or any((layer / path.lstrip("/")).is_file() for layer in sources.whole)) \
                 and sources.linker.library(path) is not None:
             yield binary
     for name in PROGRAMS:
@@ -126,17 +137,17 @@ def _place(binary: Binary) -> str:
 
 
 def _modules(sources: Sources, target: Path, release: str) -> int:
-    """The modules of the layers, and beside them what depmod reads of the kernel's own directory.
+    """The modules of the layers with their record, and what depmod reads of the kernel's own.
 
     A GPU's driver depends on nothing but what is built into our kernels; the check of modules.dep
     fails where it does.
     """
     place = f"lib/modules/{release}"
-    count = _tree(sources, f"/{place}", target / place)
+    _tree(sources, f"/{place}", target / place)
     for name in KERNEL_FILES:
         if sources.root.is_file(f"/{place}/{name}"):
             _copy(sources, f"/{place}/{name}", target / place / name)
-    return count
+    return sum(1 for _ in (target / place).rglob("*.ko*"))
 
 
 def _tree(sources: Sources, directory: str, target: Path) -> int:
@@ -150,6 +161,28 @@ def _tree(sources: Sources, directory: str, target: Path) -> int:
         elif sources.root.is_file(path) and sources.brought(path):
             _copy(sources, path, target / name)
             count += 1
+    return count
+
+
+def _rest(sources: Sources, chosen: Collection[str], target: Path) -> int:
+    """What else is in the layers of which all is taken, at its own path; how many files.
+
+    Of links those beside libraries: the others lead to what is taken under another path.
+    """
+    count = 0
+    for layer in sources.whole:
+        for found in sorted(layer.rglob("*")):
+            path = str(found.relative_to(layer))
+            if f"/{path}" in chosen or path.startswith((*(f"{name}/" for name in DATA),
+                                                        f"usr/{FIRMWARE}/")):
+                continue
+            place = target / (f"bin/{found.name}" if path.startswith("usr/bin/") else path)
+            if found.is_symlink():
+                if found.parent == layer / LIBRARIES and "/" not in str(found.readlink()):
+                    place.symlink_to(found.readlink())
+            elif found.is_file():
+                _copy(sources, f"/{path}", place)
+                count += 1
     return count
 
 

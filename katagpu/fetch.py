@@ -15,13 +15,13 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from katagpu.download import Download, Fetched, Gone, Job, Shared
+from katagpu.download import SUPERSEDED, Download, Fetched, Gone, Job, Shared
 
 if TYPE_CHECKING:
     import requests
     from requests.adapters import HTTPAdapter
 
-__all__ = ["Fetched", "Gone", "Job", "fetch", "fetch_all"]
+__all__ = ["SUPERSEDED", "Fetched", "Gone", "Job", "fetch", "fetch_all"]
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each further try; a try that brought new bytes starts the row again."""

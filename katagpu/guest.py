@@ -112,7 +112,7 @@ def _images(recipe: Recipe, lock: Lock, root: Path) -> list[Stage]:
     """The root file system and how it is packed: in one image, or base and driver's disk."""
     packed = [rootfs.rootfs(recipe, root), image.image(recipe)]
     if not layers.split(recipe):
-        return [*packed, image.initrd(recipe)]
+        return [*packed, image.initrd(recipe), final.initrd_config(recipe)]
     tools = roots.layer(lock, "extension_tools", "what mounts the driver's disk",
                         [Ref(stage="base", output="root")], slim=True)
     return [tools, *packed, extension.root(recipe), extension.disk(recipe)]

@@ -60,11 +60,15 @@ class Pins(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Lock(msgspec.Struct, frozen=True, kw_only=True):
-    """A resolved recipe. `request` is the digest of what was asked for."""
+    """A resolved recipe. `request` is the digest of what was asked for.
+
+    `downloads` are the digests, by address, of files of which the recipe gives none.
+    """
 
     recipe: str
     request: str
     groups: dict[str, tuple[Deb, ...]]
+    downloads: dict[str, str] = {}
     pins: Pins = Pins()
     format: int = FORMAT
 

@@ -60,7 +60,8 @@ class LockFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                  for file, found in part.files.items()}
         modules = {name: found for part in self.parts.values()
                    for name, found in part.modules.items()}
-        return Lock(recipe=self.recipe, request=digest(self), groups=groups,
+        downloads = {file.url: file.sha256 for file in files.values() if file.url is not None}
+        return Lock(recipe=self.recipe, request=digest(self), groups=groups, downloads=downloads,
                     pins=Pins(archives=self.archives, files=files, modules=modules))
 
     def _deb(self, deb: LockedDeb) -> Deb:

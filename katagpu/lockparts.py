@@ -18,6 +18,7 @@ from katagpu.errors import UserError
 from katagpu.keys import digest
 from katagpu.lock import FORMAT, GUEST
 from katagpu.schema import (
+    COMPONENTS,
     Distribution,
     DriverSource,
     KernelSource,
@@ -68,7 +69,7 @@ def asked(recipe: Recipe, root: Path) -> dict[Part, str]:
 
 def _suite(distribution: Distribution) -> dict[str, Any]:
     return {"id": str(distribution.id), "suite": distribution.suite,
-            "components": to_builtins(distribution.components)}
+            "components": list(distribution.components or COMPONENTS[distribution.id])}
 
 
 def _files(recipe: Recipe) -> dict[Part, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from katagpu import keys, lock, lockfile, recipe, request, resolve
+from katagpu import driverfile, keys, lock, lockfile, recipe, request, resolve
 from katagpu.committed import Committed
 from katagpu.errors import UserError
 from katagpu.lock import Known, Lock, Resolved
@@ -63,24 +63,30 @@ class Locks:
         found = lock.read(self.path)
         if found is None or found.request != request.identity(self.recipe, self.root):
             return None
+        if driverfile.addresses(self.recipe) \
+                and not driverfile.pinned(self.recipe, found.downloads):
+            return None
         shared = lock.read_resolved(self.shared)
         known = {**({} if shared is None else shared.groups), **self.committed.known()}
         fits = all(known[asked].debs == found.group(name)
                    for name, asked in self.asked().items() if asked in known)
         return replace(found, pins=self.committed.pins(self.recipe)) if fits else None
 
-    def make(self, apt: Path, *, anew: bool) -> None:
-        """Resolve what is not known, and write the lock; `anew`: nothing is.
+    def make(self, apt: Path, *, anew: bool, shared: bool = False) -> None:
+        """Resolve what is not known, and write the lock; `anew`: nothing is, but what is `shared`.
 
-        `apt` is the directory for apt's lists. Needs the network where something is resolved. What
-        was written before stays where that fails.
+        `apt` is the store's directory for apt's lists. Needs the network where something is
+        resolved. What was written before stays where that fails.
         """
         if self.committed.covers(self.recipe):
             return
-        known = self._known(anew=anew)
+        known = self._known(anew=anew and not shared)
+        before = None if anew else lock.read(self.path)
         found = resolve.resolve(request.request(self.recipe, self.root), apt, known)
         lock.write(Resolved(groups=known), self.shared)
-        lock.write(found, self.path)
+        pins = driverfile.pin(self.recipe, {} if before is None else before.downloads,
+                              apt.with_name("partial"))
+        lock.write(replace(found, downloads=pins), self.path)
 
     def make_shared(self, apt: Path, asked: set[str], *, anew: bool) -> None:
         """Resolve the groups with these digests only, for guests that share them; no lock."""

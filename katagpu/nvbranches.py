@@ -22,6 +22,9 @@ PATCH_LIST = TKG.format("patches.list")
 README = "NVIDIA, README of 550.163.01, chapter 44"
 
 OPEN_SINCE = 515
+RESIZE = ("6.12.97", "6.18.40")  # pci_resize_resource() has a fourth argument there, as in 6.19
+RESIZE_SOURCE = ("https://github.com/truenas/scale-build/pull/1002; "
+                 "https://github.com/strongtz/i915-sriov-dkms/issues/467")
 PFN_VALID = ("6.1.76", "6.6.15", "6.7.3", "6.8")  # pfn_valid() uses a GPL-only symbol since then
 
 
@@ -54,6 +57,14 @@ class Limit:
     flavour: KernelModule | None = None
 
 
+def _resize(driver: str) -> Limit:
+    """The last release of a branch whose open modules give the function three arguments.
+
+    Which those are is seen in `kernel-open/nvidia/nv-pci.c` of open-gpu-kernel-modules' tags.
+    """
+    return Limit(driver=driver, kernels=RESIZE, source=RESIZE_SOURCE, flavour=KernelModule.OPEN)
+
+
 # Sources: `oldest`: NVIDIA_Changelog, entry 495.29.05 ("from 2.6.32 to 3.10"), README of 550.163.01
 # ("3.10 and newer"), README.md of open-gpu-kernel-modules 580.105.08 ("4.15 or newer"). GPUs:
 # README; NVIDIA's deprecation schedule for Unix (Kepler ends with 470; Maxwell, Pascal and Volta
@@ -63,10 +74,10 @@ BRANCHES = (
     Branch(number=510, oldest="3.10", closed="Maxwell", open=None, seen="510.108.03"),
     Branch(number=515, oldest="3.10", closed="Maxwell", open="Turing", seen="515.105.01"),
     Branch(number=525, oldest="3.10", closed="Maxwell", open="Turing", seen="525.147.05"),
-    Branch(number=535, oldest="3.10", closed="Maxwell", open="Turing", seen="535.247.01"),
+    Branch(number=535, oldest="3.10", closed="Maxwell", open="Turing", seen="535.288.01"),
     Branch(number=550, oldest="3.10", closed="Maxwell", open="Turing", seen="550.163.01"),
     Branch(number=565, oldest="3.10", closed="Maxwell", open="Turing", seen="565.77"),
-    Branch(number=570, oldest="3.10", closed="Maxwell", open="Turing", seen="570.195.03"),
+    Branch(number=570, oldest="3.10", closed="Maxwell", open="Turing", seen="570.211.01"),
     Branch(number=575, oldest="3.10", closed="Maxwell", open="Turing", seen="575.64.05"),
     Branch(number=580, oldest="4.15", closed="Maxwell", open="Turing", seen="580.142"),
     Branch(number=590, oldest="4.15", closed="Turing", open="Turing", seen="590.48.01"),
@@ -97,20 +108,27 @@ LIMITS = (
     Limit(driver="535.183.06", kernels=("6.10",), source=DEBIAN.format("535.183.06-1")),
     Limit(driver="535.216.03", kernels=("6.13",), source=DEBIAN.format("535.216.03-2")),
     Limit(driver="535.247.01", kernels=("6.15",), source=DEBIAN.format("535.247.01-2")),
+    _resize("535.288.01"),
     Limit(driver="550.40.07", kernels=PFN_VALID, flavour=KernelModule.CLOSED, source=PATCH_LIST),
     Limit(driver="550.78", kernels=("6.10",), source=DEBIAN.format("545.23.06-2")),
     Limit(driver="550.135", kernels=("6.13",), source=DEBIAN.format("545.23.06-4")),
     Limit(driver="550.163.01", kernels=("6.15",), source=DEBIAN.format("550.163.01-2")),
+    _resize("550.163.01"),
     Limit(driver="565.77", kernels=("6.13",), source=NVIDIA.format("issues/751")),
+    _resize("565.77"),
     Limit(driver="570.144", kernels=("6.15",), source=DEBIAN.format("550.163.01-2")),
     Limit(driver="570.153.02", kernels=("6.15",), flavour=KernelModule.CLOSED,
           source=DEBIAN.format("550.163.01-2")),
     Limit(driver="570.183", kernels=("6.17",), source=TKG.format("issue 310")),
+    _resize("570.211.01"),
     Limit(driver="575.57.08", kernels=("6.16",), source=NVIDIA.format("issues/881")),
     Limit(driver="575.64.05", kernels=("6.17",), source=PATCH_LIST),
+    _resize("575.64.05"),
+    _resize("580.119.02"),
     Limit(driver="580.126.09", kernels=("6.19",),
           source="https://github.com/NixOS/nixpkgs/pull/491462"),
     Limit(driver="580.142", kernels=("7.0",), source=PATCH_LIST),
+    _resize("590.44.01"),
     Limit(driver="590.48.01", kernels=("6.19",), source=NVIDIA.format("issues/1021")),
     Limit(driver="595.58.03", kernels=("7.0",), source=PATCH_LIST),
 )

@@ -46,6 +46,12 @@ def restore(cache: Path, source: Path) -> bool:
     return True
 
 
+def seconds(source: Path, since: float) -> float:
+    """How long the probes of a build took that began at `since`: objects wait for all of them."""
+    times = [path.stat().st_mtime for name in ORDER for path in _files(source / DIRECTORY / name)]
+    return max(0.0, max(times, default=since) - since)
+
+
 def keep(source: Path, cache: Path, scratch: Path) -> None:
     """Keep the results of a finished build; an earlier result for the same key stays."""
     if cache.exists():

@@ -3,8 +3,8 @@
 Option names differ between branches, and an unknown one ends the installer at once. So the
 installer is asked first (`--advanced-options`), and nothing that it does not list is ever passed.
 
-Facts: `option_table.h`, `nvidia-installer.c`, `install-from-cwd.c` and `kernel.c` of NVIDIA's
-nvidia-installer at the tags 470.42.01 to 590.48.01, and runs of 550.
+Facts: `option_table.h`, `nvidia-installer.c`, `install-from-cwd.c`, `files.c` (`get_compat32_path`)
+and `kernel.c` of NVIDIA's nvidia-installer at the tags 470.42.01 to 590.48.01, and runs of 550.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 
 from katagpu import nvbranches
-from katagpu.drivermanifest import XORG
+from katagpu.drivermanifest import XORG, Layout
 from katagpu.errors import StepError, UserError
 from katagpu.schema import KernelModule
 
@@ -118,7 +118,10 @@ WANTED: tuple[Want, ...] = (
          reason="32-bit libraries",
          without="what is not asked for is left behind in the harvest"),
     Want(spellings=("--install-compat32-libs",), since=OLD, when=lambda r: r.compat32,
-         reason="unasked, it leaves them out where the root has no directory for them"),
+         reason="unasked, it leaves the answer to a question"),
+    Want(spellings=("--compat32-libdir={libdir32}",), since=OLD, when=lambda r: r.compat32,
+         reason="relative to /usr; even asked for them, it leaves them out of a root that has no "
+                "directory of 32-bit libraries yet, and that is only a warning"),
     Want(spellings=("--no-install-libglvnd",), since=OLD, when=lambda r: not r.opengl,
          reason="a guest with a part of libglvnd in it is a question whose default is to abort",
          without="the question comes only with OpenGL's files"),
@@ -209,6 +212,7 @@ def left_out(supported: Set[str], request: Request) -> list[str]:
 def _choices(supported: Set[str], request: Request) -> Iterator[tuple[Want, str | None]]:
     """Each applicable wish with the spelling that is listed, if any."""
     values = {"release": request.release, "log": request.log, "xorg": XORG,
+              "libdir32": Layout.libdir32.removeprefix("/usr/"),
               "jobs": min(max(request.jobs, 1), MOST_JOBS),
               "type": "open" if request.flavour is KernelModule.OPEN else "proprietary"}
     for want in WANTED:

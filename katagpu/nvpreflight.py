@@ -23,8 +23,12 @@ from katagpu.schema import KernelModule
 # Measured with 550.163.01: what is installed without and with OpenGL's and 32-bit files, and what
 # the unpacked package and its build directory take beside that.
 HEADLESS, EVERYTHING, BUILD = 400_000_000, 725_000_000, 1_500_000_000
+# Where make alone builds: a copy of the source (70 MB), what it becomes (412 MB more), and the
+# stripped modules.
+MODULES = 600_000_000
 ALWAYS = ("ldconfig", "grep", "dmesg", "tail", "modprobe", "rmmod", "lsmod", "depmod")
 BUILDING = ("cc", "make", "ld", "tr", "sed")
+MAKING = ("gcc", "make", "ld", "sed")
 LINKS = 40  # as the kernel
 
 
@@ -122,8 +126,28 @@ def _opaque(place: Path) -> bool:
 
 def preflight(plan: Plan) -> list[Problem]:
     """All that would make the run fail and costs nothing to find out."""
-    return [*_fit(plan), *_programs(plan), *_space(plan),
-            *(_headers(plan, Layers(plan.layers)) if plan.builds else ())]
+    layers = Layers(plan.layers)
+    needed = (HEADLESS if plan.headless else EVERYTHING) + (BUILD if plan.builds else 0)
+    names = (*ALWAYS, *(BUILDING if plan.builds else ()))
+    found = [*_fit(plan), *_programs(layers, names, "in which the driver is installed"),
+             *_space(needed, plan.space)]
+    if plan.builds:
+        if layers.find("/usr/include/stdio.h") is None:
+            found.append(Problem(what="the root in which the driver is built has no headers of the "
+                                      "C library", cure=build_package("libc6-dev")))
+        found += _headers(layers, plan.release, f"/lib/modules/{plan.release}/build")
+    return found
+
+
+def require_modules(layers: Sequence[Path], release: str, place: str, space: Path) -> None:
+    """Raises `UserError` for what would make a build of the modules by make alone fail.
+
+    `layers` are the directories of the root, topmost first; `place` is the path of the headers in
+    it. `space` is as in `Plan`.
+    """
+    root = Layers(layers)
+    require([*_programs(root, MAKING, "in which the modules are built"), *_space(MODULES, space),
+             *_headers(root, release, place)])
 
 
 def require(problems: Sequence[Problem]) -> None:
@@ -140,31 +164,24 @@ def _fit(plan: Plan) -> Iterator[Problem]:
         yield Problem(what=refusal.what, cure=refusal.hint or "")
 
 
-def _programs(plan: Plan) -> Iterator[Problem]:
-    layers = Layers(plan.layers)
-    for name in (*ALWAYS, *(BUILDING if plan.builds else ())):
+def _programs(layers: Layers, names: Sequence[str], which: str) -> Iterator[Problem]:
+    for name in names:
         if layers.program(name) is None:
-            package = PACKAGES[name]
-            yield Problem(what=f"the root in which the driver is installed has no {name}",
-                          cure=build_package(package))
-    if plan.builds and layers.find("/usr/include/stdio.h") is None:
-        yield Problem(what="the root in which the driver is built has no headers of the C library",
-                      cure=build_package("libc6-dev"))
+            yield Problem(what=f"the root {which} has no {name}",
+                          cure=build_package(PACKAGES.get(name, name)))
 
 
-def _space(plan: Plan) -> Iterator[Problem]:
-    needed = (HEADLESS if plan.headless else EVERYTHING) + (BUILD if plan.builds else 0)
-    free = shutil.disk_usage(plan.space).free
+def _space(needed: int, space: Path) -> Iterator[Problem]:
+    free = shutil.disk_usage(space).free
     if free < needed:
-        yield Problem(what=f"the driver needs {size(needed)} on the file system of {plan.space}, "
+        yield Problem(what=f"the driver needs {size(needed)} on the file system of {space}, "
                            f"{size(free)} are free", cure=SPACE_CURE)
 
 
-def _headers(plan: Plan, layers: Layers) -> Iterator[Problem]:
-    place = f"/lib/modules/{plan.release}/build"
+def _headers(layers: Layers, release: str, place: str) -> Iterator[Problem]:
     cure = "build the kernel again, with its headers package (./doitw build_kernel)"
     if layers.find(place) is None:
-        yield Problem(what=f"the headers of kernel {plan.release} are not in the root: there is "
+        yield Problem(what=f"the headers of kernel {release} are not in the root: there is "
                            f"no {place}", cure=cure)
         return
     for name, why in (("include/linux/kernel.h", "the source's part of the headers"),
@@ -172,12 +189,12 @@ def _headers(plan: Plan, layers: Layers) -> Iterator[Problem]:
                       ("Module.symvers", "without it no symbol of the kernel is found"),
                       ("scripts/mod/modpost", "the kernel's own build programs")):
         if layers.find(f"{place}/{name}") is None:
-            yield Problem(what=f"the headers of kernel {plan.release} are incomplete: {place}/"
+            yield Problem(what=f"the headers of kernel {release} are incomplete: {place}/"
                                f"{name} is missing ({why})", cure=cure)
     found = _release(layers, place)
-    if found != plan.release:
+    if found != release:
         yield Problem(what=f"the headers in {place} are of kernel {found or 'unknown release'}, "
-                           f"the guest's is {plan.release}", cure=cure)
+                           f"the guest's is {release}", cure=cure)
 
 
 def _release(layers: Layers, place: str) -> str | None:

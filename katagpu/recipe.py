@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def load(
         from katagpu.yamlfile import nearest
         raise UserError(f"there is no recipe {name!r}; known: {', '.join(known(root)) or 'none'}",
                         hint=nearest(name, known(root)))
-    recipe = _with_packages(_parsed(path, content, cache), extra_packages)
+    recipe = _with_versions(_with_packages(_parsed(path, content, cache), extra_packages))
     for steps, what, hint in problems(recipe, name, root):
         from katagpu.yamlfile import YamlFile
         raise YamlFile(path, content.decode()).error(steps, what, hint)
@@ -146,11 +147,30 @@ def with_driver(recipe: Recipe, version: str) -> Recipe:
                             f"{default.version}: {place}", hint=(
                                 "write {version} where the version stands in it, or list the "
                                 "driver in `other_drivers`"))
+    if (default.url or "").startswith("http://"):
+        raise UserError(f"driver={version}: driver.url is plain http, and there is no digest of "
+                        f"{version}", hint="list the driver in `other_drivers` with its `sha256`")
     if default.sha256 is not None:
         log.note(f"driver={version}: the recipe's sha256 is that of {default.version}, and not "
                  "asked for; list the driver in `other_drivers` with its own")
     return replace(recipe, driver=replace(default, version=version, sha256=None),
                    other_drivers=listed)
+
+
+def _with_versions(recipe: Recipe) -> Recipe:
+    """The recipe in which the version of a `.run` file is the one in its name, where none is given.
+
+    The file is not read for it; whether it is of that version is found out when it is.
+    """
+    def named(driver: Driver) -> Driver:
+        if driver.source is not DriverSource.RUNFILE or driver.version is not None:
+            return driver
+        name = (driver.file or driver.url or "").rpartition("/")[2]
+        found = re.search(rf"(?<!\d){words.DRIVER_VERSION.pattern}(?!\d)", name)
+        return driver if found is None else replace(driver, version=found[0])
+
+    return replace(recipe, driver=named(recipe.driver),
+                   other_drivers=tuple(map(named, recipe.other_drivers)))
 
 
 def _with_packages(recipe: Recipe, extra_packages: Sequence[str]) -> Recipe:

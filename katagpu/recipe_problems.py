@@ -121,8 +121,10 @@ def _driver(recipe: Recipe) -> Iterator[Problem]:
             yield ("driver", "version"), "`source: none` has no version", "remove it"
         return
     if driver.version is None:
+        more = "; `file` and `url` of a name with it in need none"
         yield (("driver",), f"`source: {driver.source}` needs `version`",
-               'for example `version: "550.163.01"`')
+               'for example `version: "550.163.01"`'
+               + (more if driver.source is DriverSource.RUNFILE else ""))
     yield from _runfile(recipe)
     yield from _lost(recipe)
     for number, capability in enumerate(driver.capabilities):
@@ -155,6 +157,9 @@ def _runfile(recipe: Recipe) -> Iterator[Problem]:
             yield ("driver", name), "`{version}` is all that may be in braces", "write it so"
     if driver.url is not None and driver.file is not None:
         yield ("driver", "file"), "`url` is given too", "keep one of them"
+    if (driver.url or "").startswith("http://") and driver.sha256 is None:
+        yield (("driver", "url"), "over plain http anything may come, and there is no `sha256`",
+               "give the file's `sha256`, or an https address")
     builder = driver.modules_by is ModulesBy.INSTALLER
     if builder and not {"gcc", "make"} <= set(recipe.rootfs.extra_packages):
         yield (("driver", "modules_by"), "nvidia-installer finds no compiler in this guest",

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from katagpu import guest, kernelorg, keys, lockfile, lockparts, log, request, resolve
+from katagpu import driverfile, guest, kernelorg, keys, lockfile, lockparts, log, request, resolve
 from katagpu.emulator import EmulatorLock
 from katagpu.errors import UserError
-from katagpu.fetch import Gone, Job, fetch
 from katagpu.lock import Deb, File, Known, Request
 from katagpu.lockfile import LockedDeb, LockedPart, LockFile
 from katagpu.lockparts import OF_GROUP, Part
 from katagpu.plan import Plan
 from katagpu.stages import locked
-from katagpu.stages.api import Stage, unpacked_tree
+from katagpu.stages.api import RECIPE, Stage, bring, unpacked_tree
 from katagpu.store import Action, Store, writing
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ class _Making:
                 files = self._kernel(stages["kernel_source"])
             if name == Part.DRIVER and "driver_package" in stages:
                 files = self._given(self.recipe.driver.file, stages["driver_package"].files) \
-                    or self._run(stages["driver_package"])
+                    or self._run()
             if name == Part.TOOLKIT:
                 files = {Path(deb).name: _file(self.root / deb, name=deb)
                          for deb in self.recipe.toolkit.debs}
@@ -142,7 +141,9 @@ class _Making:
         return replace(made, parts=parts)
 
     def _given(self, name: str | None, files: Mapping[str, Path]) -> dict[str, File]:
-        return {key: _file(path, name=name) for key, path in files.items()} if name else {}
+        version = self.recipe.driver.version or ""
+        return {key: _file(path, name=name.replace("{version}", version))
+                for key, path in files.items()} if name else {}
 
     def _kernel(self, stage: Stage) -> dict[str, File]:
         """A release of kernel.org, verified; the public address is kernel.org's or the recipe's."""
@@ -161,23 +162,21 @@ class _Making:
             self.store.put(sign, found["signature"].sha256)
         return found
 
-    def _run(self, stage: Stage) -> dict[str, File]:
+    def _run(self) -> dict[str, File]:
         """The driver's file, from the first address that has it."""
-        urls = stage.options.get("urls") or [url for url, _digest in stage.downloads.values()]
-        for number, url in enumerate(urls, 1):
-            path = self.store.root / "partial" / keys.digest(url)
-            job = Job(url=url, what=f"NVIDIA driver {self.recipe.driver.version}",
-                      sha256=self.recipe.driver.sha256)
-            try:
-                fetch(job, path)
-            except Gone:
-                if number == len(urls):
-                    raise
-                continue
-            found = _file(path, url=url)
-            self.store.put(path, found.sha256)
-            return {"run": found}
-        return {}
+        driver = self.recipe.driver
+        if driver.url is not None and driver.sha256 is not None:
+            url = driver.url.replace("{version}", driver.version or "")
+            return {"run": self._file(url, driver.sha256, f"NVIDIA driver {driver.version}")}
+        partial = self.store.root / "partial"
+        ((url, digest),) = driverfile.pin(self.recipe, {}, partial).items()
+        self.store.put(partial / digest, digest)
+        return {"run": _file(self.store.blob(digest), url=url)}
+
+    def _file(self, url: str, digest: str, what: str) -> File:
+        """A file whose digest the recipe has."""
+        bring(self.store, [(url, digest, None, what)], RECIPE)
+        return _file(self.store.sound(digest), url=url)
 
     def _agent(self) -> dict[str, File]:
         """What kata-agent is taken out of."""
@@ -186,12 +185,8 @@ class _Making:
         name = given.file or given.image
         if name is not None:
             return {"source": _file(self.root / name, name=name)}
-        assert given.release is not None
-        path = self.store.root / "partial" / keys.digest(given.release)
-        fetch(Job(url=given.release, what="kata-agent's release", sha256=given.sha256), path)
-        found = _file(path, url=given.release)
-        self.store.put(path, found.sha256)
-        return {"source": found}
+        assert given.release is not None and given.sha256 is not None
+        return {"source": self._file(given.release, given.sha256, "kata-agent's release")}
 
     def _modules(self, plan: Plan) -> dict[str, str]:
         """The sums of the toolkit's Go modules; it is Go that knows which it needs."""

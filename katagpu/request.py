@@ -61,6 +61,9 @@ IMAGE_TOOLS = (
 BASE = (
     ESSENTIAL, "chrony", "dbus", "e2fsprogs", "iptables", "kmod", "systemd-sysv", "udev",
 )
+# What a released agent is linked to beside the C library (docs/guest.md); Kata's own images have
+# libseccomp2 too. The names are those of every Debian and Ubuntu that is built here.
+AGENT = ("libdevmapper1.02.1", "libseccomp2")
 # What mounts the driver's disk: veritysetup. A layer on the base, so that the base is the same in
 # both models.
 EXTENSION_TOOLS = ("cryptsetup-bin",)
@@ -102,12 +105,13 @@ def groups(recipe: Recipe, root: Path) -> dict[str, Group]:
     """The groups of packages of a recipe; `root` is the repository."""
     extra = recipe.rootfs.extra_packages
     shipped = (*recipe.rootfs.packages, *(extra if recipe.rootfs.keep_extra_pkgs else ()))
+    agent = AGENT if recipe.agent is not None else ()
     tools = GUEST if tools_of(recipe) is recipe.distribution else TOOLS_SET
     found = {
         "stage0": Group(packages=STAGE0, archives=tools),
         "toolchain": Group(packages=TOOLCHAIN),
         "imagetools": Group(packages=IMAGE_TOOLS, archives=tools),
-        "base": Group(packages=(*BASE, *shipped)),
+        "base": Group(packages=(*BASE, *agent, *shipped)),
     }
     if recipe.image.model is ImageModel.EXTENSION:
         found["extension_tools"] = Group(packages=EXTENSION_TOOLS, on="base")

@@ -21,7 +21,7 @@ from typing import IO
 
 from katagpu import nvbranches, runpayload
 from katagpu.drivermanifest import FILE, Manifest, parse
-from katagpu.errors import StepError, UserError
+from katagpu.errors import UserError
 from katagpu.runpayload import AGAIN, CHUNK, Compression, Contents, Payload
 from katagpu.schema import KernelModule
 
@@ -92,21 +92,21 @@ class RunFile:
 
     @cached_property
     def contents(self) -> Contents:
-        """What is in it; every member is judged. Decompresses all. Raises `StepError`."""
+        """What is in it; every member is judged. Decompresses all. Raises `UserError`."""
         return runpayload.look(self.payload)
 
     @cached_property
     def manifest(self) -> Manifest:
-        """Its manifest. Raises `StepError` where it has none or a broken one."""
+        """Its manifest. Raises `UserError` where it has none or a broken one."""
         if FILE not in self.contents.texts:
-            raise StepError(f"{self.path} has no {FILE} in it", hint=AGAIN)
+            raise UserError(f"{self.path} has no {FILE} in it", hint=AGAIN)
         return parse(self.contents.texts[FILE])
 
     def extract(self, target: Path) -> None:
         """Unpack into a new directory. Call `verify` before.
 
         No member is written unless all are admitted; after a failure the directory is not there.
-        Raises `StepError` for a refused member, `UserError` for a full disk.
+        Raises `UserError`, for a full disk too.
         """
         runpayload.unpack(self.payload, self.contents, target)
 

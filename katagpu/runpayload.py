@@ -25,7 +25,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, cast
 
-from katagpu.errors import StepError, UserError
+from katagpu.errors import UserError
 from katagpu.log import size as readable
 
 CHUNK = 1 << 20
@@ -73,7 +73,7 @@ class Payload:
 
 @contextlib.contextmanager
 def _opened(payload: Payload) -> Iterator[tarfile.TarFile]:
-    """The tar as a stream. Damage in it becomes a `StepError`."""
+    """The tar as a stream. Damage in it becomes a `UserError`."""
     import zstandard
 
     damage = (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile,
@@ -91,7 +91,7 @@ def _opened(payload: Payload) -> Iterator[tarfile.TarFile]:
         try:
             yield stack.enter_context(tarfile.open(fileobj=source, mode="r|", bufsize=CHUNK))
         except damage as bad:
-            raise StepError(f"the archive in {payload.path.name} is damaged: "
+            raise UserError(f"the archive in {payload.path.name} is damaged: "
                             f"{bad or type(bad).__name__}", hint=AGAIN) from bad
 
 
@@ -103,7 +103,7 @@ class Guard:
         self.seen: dict[str, tuple[str, bytes]] = {}  # folded name → name, type
 
     def admit(self, member: tarfile.TarInfo) -> str:
-        """The member's name below the top ("" is the top itself). Raises `StepError`."""
+        """The member's name below the top ("" is the top itself). Raises `UserError`."""
         name = self.plain(member.name, member)
         self._kind(member)
         if not name:
@@ -122,14 +122,14 @@ class Guard:
         self.seen[name.casefold()] = (name, kind)
         return name
 
-    def _refused(self, member: tarfile.TarInfo, why: str) -> StepError:
-        return StepError(f"{self.archive} is refused, nothing of it is unpacked: its member "
+    def _refused(self, member: tarfile.TarInfo, why: str) -> UserError:
+        return UserError(f"{self.archive} is refused, nothing of it is unpacked: its member "
                          f"{member.name!r}: {why}",
                          hint="no package of NVIDIA has such a member: do not use this file; "
                               "fetch it from NVIDIA")
 
     def plain(self, name: str, member: tarfile.TarInfo) -> str:
-        """A path of the archive without `.` and empty parts. Raises `StepError` for a bad one."""
+        """A path of the archive without `.` and empty parts. Raises `UserError` for a bad one."""
         if name.startswith("/"):
             raise self._refused(member, f"the path {name!r} is absolute")
         parts = [part for part in name.split("/") if part not in ("", ".")]
@@ -178,7 +178,7 @@ class Guard:
 
 
 def look(payload: Payload) -> Contents:
-    """Go through all members, write nothing. Raises `StepError` for a refused or damaged one."""
+    """Go through all members, write nothing. Raises `UserError` for a refused or damaged one."""
     guard = Guard(payload.path.name)
     sizes: dict[str, int] = {}
     texts: dict[str, str] = {}
@@ -200,7 +200,7 @@ def ends_early(payload: Payload) -> bool:
     """Does the data stop before the tar's end?"""
     try:
         look(payload)
-    except StepError as failure:
+    except UserError as failure:
         cause = failure.__cause__
         return isinstance(cause, EOFError) or str(cause) in ("unexpected end of data", "empty file")
     return False

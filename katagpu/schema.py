@@ -215,7 +215,8 @@ class Driver(Section, frozen=True, kw_only=True):
         "`debian`: the suite's packages; `runfile`: NVIDIA's own `.run` file, installed by its own "
         "nvidia-installer; `none`: a guest without a driver"))]
     version: Annotated[DriverVersion | None, Meta(description=(
-        "NVIDIA's version, for example `\"550.163.01\"`; `./doitw driver=VERSION` takes another"))
+        "NVIDIA's version, for example `\"550.163.01\"`; null: the one in the name of `file` or "
+        "`url`; `./doitw driver=VERSION` takes another"))
     ] = None
     url: Annotated[Url | None, Meta(description=(
         "address of the `.run` file; `{version}` in it stands for the version (source: runfile); "
@@ -224,8 +225,8 @@ class Driver(Section, frozen=True, kw_only=True):
         "path of the `.run` file from the repository's root, with `{version}` as in `url` "
         "(source: runfile)"))] = None
     sha256: Annotated[Sha256 | None, Meta(description=(
-        "SHA-256 of the `.run` file; null: its own checksums alone are verified, and the digest "
-        "is said"))] = None
+        "SHA-256 of the `.run` file; null: its own checksums alone are verified, and the lock "
+        "keeps the digest of the first that came. A `url` with plain http needs it"))] = None
     modules_by: Annotated[ModulesBy, Meta(description=(
         "`katagpu` compiles the kernel modules, cached apart, and nvidia-installer installs the "
         "rest; `installer`: nvidia-installer compiles them, with the compiler that "

@@ -151,7 +151,7 @@ class Guests:
                 with context.resolving() as apt:
                     if anew or context.locked() is None:
                         with log.step(f"lock: resolve driver {context.recipe.driver.version}"):
-                            context.locks.make(apt, anew=False)
+                            context.locks.make(apt, anew=anew, shared=True)
             except KatagpuError as refusal:
                 context.refused = refusal
                 refused.append(refusal)

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from katagpu import apt, log
 from katagpu.context import Context
 from katagpu.errors import UserError
+from katagpu.fetch import SUPERSEDED
 from katagpu.plan import Plan
-from katagpu.stages.api import bring, packages
+from katagpu.stages.api import RECIPE, bring, packages
 
 
 def supply(contexts: Iterable[Context]) -> None:
@@ -46,8 +47,8 @@ def _files(plan: Plan) -> None:
     files = {digest: (url, digest, None, stage.title) for stage in plan.stages.values()
              for url, digest in stage.downloads.values() if digest is not None}
     with _timed(plan, [*debs, *files]):
-        bring(plan.store, packages(debs.values(), plan.address), apt.proxies)
-        bring(plan.store, list(files.values()))
+        bring(plan.store, packages(debs.values(), plan.address), SUPERSEDED, apt.proxies)
+        bring(plan.store, list(files.values()), RECIPE)
 
 
 def _timed(plan: Plan, digests: Iterable[str]) -> contextlib.AbstractContextManager[object]:

@@ -33,7 +33,7 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "build_rootfs": ("rootfs",),
     "install_driver": ("driver_modules", "driver_user"),
     "install_toolkit": ("toolkit",),
-    "build_initrd": ("initrd",),
+    "build_initrd": ("initrd", "initrd_config"),
     "build_image": ("image", "kata_config", "manifest"),
 }
 
@@ -321,7 +321,7 @@ def bench() -> Task:
             raise UserError("bench measures one guest", hint="bench driver=VERSION")
         bench.main(_context())
 
-    return plain(measure, "measure: no-op, restore, stages, image size (all=1: also changes)",
+    return plain(measure, "measure: no-op, restore, stages, image size (all=1: changes, kernel)",
                  task_dep=[DEFAULT])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from katagpu.drivermanifest import TYPES, Arch, Entry, Layout, destination, parse
-from katagpu.errors import StepError
+from katagpu.errors import UserError
 from tests.nvrun.archive import Name
 from tests.nvrun.lines import lines, manifest
 
@@ -38,7 +38,7 @@ def test_the_header() -> None:
 @pytest.mark.parametrize("text", ["", "a\n550.1\n", HEAD.replace("550.163.01", "a driver"),
                                   "<html>\n" * 20])
 def test_what_is_no_manifest(text: str) -> None:
-    with pytest.raises(StepError, match="does not start with 8 lines"):
+    with pytest.raises(UserError, match="does not start with 8 lines"):
         parse(text)
 
 
@@ -46,7 +46,7 @@ def test_empty_lines_do_not_count() -> None:
     """As for NVIDIA's installer, which sees neither an end nor a line in them."""
     text = f"{HEAD}nvidia-smi 0755 UTILITY_BINARY MODULE:nvml\n\nrest 0755 UTILITY_BINARY\n\n"
     assert [entry.file for entry in parse(text).entries] == ["nvidia-smi", "rest"]
-    with pytest.raises(StepError, match="line 12 "):
+    with pytest.raises(UserError, match="line 12 "):
         parse(f"{text.rstrip()}\nnonsense\n")
 
 
@@ -140,7 +140,7 @@ def test_lines_of_newer_drivers(line: str, wanted: Entry) -> None:
     ("evil 0000 OPENGL_SYMLINK NATIVE ../../etc/passwd MODULE:opengl", "names a place outside"),
 ])
 def test_lines_without_sense(line: str, said: str) -> None:
-    with pytest.raises(StepError, match=said) as failure:
+    with pytest.raises(UserError, match=said) as failure:
         parse(HEAD + line)
     assert line in failure.value.what
     assert failure.value.hint
@@ -172,7 +172,7 @@ def test_an_unknown_type_is_understood_and_reported(line: str, wanted: Entry) ->
 
 
 def test_an_unknown_type_that_leads_outside_is_refused() -> None:
-    with pytest.raises(StepError, match="names a place outside"):
+    with pytest.raises(UserError, match="names a place outside"):
         parse(f"{HEAD}a 0000 NEW_SYMLINK ../../etc/passwd")
 
 

@@ -103,7 +103,7 @@ def make_rootfs(build: Build) -> None:
 
 def make_config(build: Build) -> None:
     """A kernel's configuration."""
-    build.put_bytes("config", b"CONFIG_EROFS_FS=y\n")
+    build.put_bytes("config", b"CONFIG_EROFS_FS=y\nCONFIG_BLK_DEV_INITRD=y\nCONFIG_RD_ZSTD=y\n")
 
 
 def stages(chosen: Recipe) -> dict[str, Stage]:
@@ -123,6 +123,7 @@ def stages(chosen: Recipe) -> dict[str, Stage]:
         Stage(name="rootfs", title="", module="errors", make=make_rootfs,
               outputs={"layer": Kind.TREE, "report": Kind.FILE}),
         image.image(chosen), image.initrd(chosen), final.kata_config(chosen),
+        final.initrd_config(chosen),
         final.manifest(chosen, none, PACKAGE.parent)]
     return {stage.name: stage for stage in found}
 
@@ -148,7 +149,8 @@ def context(top: Path, *, token: bool = True,
 
 def run(made: Context, task: str = TASK) -> None:
     """What a task does, as tasks.build has it."""
-    wanted = ["image", "kata_config", "manifest"] if task == TASK else ["initrd", "kernel_config"]
+    wanted = ["image", "kata_config", "manifest"] if task == TASK else [
+        "initrd", "initrd_config"]
     for stage in wanted:
         made.ensure(stage)
     made.restore(task)

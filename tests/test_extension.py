@@ -29,6 +29,7 @@ class Layers:
         program(self.toolkit / "usr/bin/nvidia-container-runtime-hook")
         module(self.modules / MODULES / "kernel/drivers/video/nvidia.ko", NVIDIA)
         module(self.modules / MODULES / "kernel/drivers/video/nvidia-uvm.ko", UVM)
+        (self.modules / MODULES / "driver-headers").write_text("what they were compiled against\n")
 
     def _base(self) -> None:
         for name in ("bin", "sbin", "lib", "lib64"):
@@ -69,14 +70,14 @@ class Layers:
         (self.driver / "usr/share/doc/libcuda1").mkdir(parents=True)
         (self.driver / "usr/share/doc/libcuda1/copyright").write_text("NVIDIA's")
 
-    def harvest(self) -> dict[str, int]:
+    def harvest(self, *whole: Path) -> dict[str, int]:
         """What the stage does, with the layers merged by copying."""
         for layer in (self.base, self.toolkit, self.driver, self.modules):
             shutil.copytree(layer, self.root, symlinks=True, dirs_exist_ok=True)
         self.out.mkdir()
         return extension.harvest(
             self.root, layers=[str(layer) for layer in (self.toolkit, self.driver, self.modules)],
-            out=str(self.out), release=RELEASE)
+            whole=[str(layer) for layer in whole], out=str(self.out), release=RELEASE)
 
     def made(self) -> set[str]:
         """Every file and link of the result."""
@@ -99,6 +100,7 @@ def test_what_is_on_the_disk_is_exactly_this(layers: Layers) -> None:
         f"{modules}/kernel/drivers/video/nvidia.ko",
         f"{modules}/kernel/drivers/video/nvidia-uvm.ko",
         f"{modules}/modules.builtin", f"{modules}/modules.order", f"{modules}/kernel-build-id",
+        f"{modules}/driver-headers",
         f"lib/firmware/nvidia/{DRIVER}/gsp_ga10x.bin",
         "etc/OpenCL/vendors/nvidia.icd", "usr/share/doc/libcuda1/copyright",
         "var/run/nvidia-persistenced"}
@@ -132,3 +134,36 @@ def test_a_dangling_alternative_is_passed_over_and_harms_nothing(layers: Layers)
     (layers.driver / "usr/bin/nvidia-debugdump").symlink_to("/nowhere")
     layers.harvest()
     assert "bin/nvidia-debugdump" not in layers.made()
+
+
+def test_of_a_run_file_all_that_its_manifest_chose_is_on_the_disk(layers: Layers) -> None:
+    """`driver_user` has it and nothing else, so no list of names is asked."""
+    shutil.rmtree(layers.driver)
+    version = f"so.{DRIVER}"
+    for name, soname in ((f"libcuda.{version}", "libcuda.so.1"),
+                         (f"libnvidia-ngx.{version}", "libnvidia-ngx.so.1"),
+                         ("libOpenCL.so.1.0.0", "libOpenCL.so.1"),
+                         (f"libnew-of-nvidia.{version}", "libnew-of-nvidia.so.1")):
+        library(layers.driver / LIB / name, soname)
+    (layers.driver / LIB / "libcuda.so.1").symlink_to(f"libcuda.{version}")
+    (layers.driver / LIB / "libcuda.so").symlink_to("libcuda.so.1")
+    for name in ("nvidia-smi", "nvidia-ngx-updater", "nvidia-new"):
+        program(layers.driver / "usr/bin" / name)
+    files = (f"{LIB}/nvidia/wine/_nvngx.dll", f"{LIB}/nvidia/wine/nvngx.dll", "usr/bin/script.sh",
+             "etc/OpenCL/vendors/nvidia.icd", f"usr/lib/firmware/nvidia/{DRIVER}/gsp_ga10x.bin",
+             "usr/share/doc/NVIDIA_GLX-1.0/LICENSE")
+    for file in files:
+        (layers.driver / file).parent.mkdir(parents=True, exist_ok=True)
+        (layers.driver / file).write_text(file)
+    counts = layers.harvest(layers.driver)
+    kernel = {name for name in layers.made() if name.startswith("lib/modules/")}
+    assert layers.made() - kernel == {
+        "bin/nvidia-smi", "bin/nvidia-ngx-updater", "bin/nvidia-new", "bin/script.sh",
+        "bin/nvidia-ctk", "bin/nvidia-cdi-hook",
+        *(f"{LIB}/{name}" for name in (
+            f"libcuda.{version}", "libcuda.so.1", "libcuda.so", f"libnvidia-ngx.{version}",
+            "libOpenCL.so.1.0.0", f"libnew-of-nvidia.{version}", "nvidia/wine/_nvngx.dll",
+            "nvidia/wine/nvngx.dll")),
+        "etc/OpenCL/vendors/nvidia.icd", f"lib/firmware/nvidia/{DRIVER}/gsp_ga10x.bin",
+        "usr/share/doc/NVIDIA_GLX-1.0/LICENSE", "var/run/nvidia-persistenced"}
+    assert counts == {"programs and libraries": 9, "firmware": 1, "modules": 2, "data": 5}

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from katagpu.errors import UserError
-from katagpu.fetch import Fetched, Gone, Job, fetch, fetch_all
+from katagpu.fetch import SUPERSEDED, Fetched, Gone, Job, fetch, fetch_all
 
 BODY = random.Random(1).randbytes(1_000_000)
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -126,15 +126,18 @@ def test_a_server_that_stays_broken_is_named(site: Any, page: Any, tmp_path: Pat
     assert len(site.asked) == 3
 
 
-def test_404_says_superseded_and_names_the_cure(site: Any, tmp_path: Path) -> None:
+def test_404_names_the_file_and_the_cure_of_its_kind(site: Any, tmp_path: Path) -> None:
     with pytest.raises(Gone) as caught:
         fetch(job(f"{site.base}/gone.deb"), tmp_path / "f")
     said = str(caught.value)
     assert "toy" in said and "/gone.deb" in said and "404" in said
-    assert "supersedes" in said and "./doitw lock" in said
+    assert "is the address right" in said and "lock" not in said
     assert caught.value.status == 1
     assert len(site.asked) == 1
     assert not (tmp_path / "f").exists()
+    packaged = job(f"{site.base}/gone.deb", cure=SUPERSEDED)
+    with pytest.raises(Gone, match=r"supersedes it: .*; `\./doitw lock` takes the newer one"):
+        fetch(packaged, tmp_path / "f")
 
 
 @pytest.mark.parametrize("status", [401, 403, 418])

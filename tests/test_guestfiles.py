@@ -85,6 +85,33 @@ def test_kata_names_and_paths_are_there() -> None:
     assert "/etc/hostname" in removed
 
 
+# Messages of Kata's AgentService, 3.x and 4.1; the agent asks for a rule of this name at each call.
+REQUESTS = (
+    "AddARPNeighborsRequest AddSwapRequest CloseStdinRequest CopyFileRequest "
+    "CreateContainerRequest CreateSandboxRequest DestroySandboxRequest ExecProcessRequest "
+    "GetIPTablesRequest GetMetricsRequest GetOOMEventRequest GuestDetailsRequest "
+    "ListInterfacesRequest ListRoutesRequest MemHotplugByProbeRequest OnlineCPUMemRequest "
+    "PauseContainerRequest ReadStreamRequest RemoveContainerRequest "
+    "RemoveStaleVirtiofsShareMountsRequest ReseedRandomDevRequest ResizeVolumeRequest "
+    "ResumeContainerRequest SetGuestDateTimeRequest SetIPTablesRequest SetPolicyRequest "
+    "SignalProcessRequest StartContainerRequest StatsContainerRequest TtyWinResizeRequest "
+    "UpdateContainerRequest UpdateEphemeralMountsRequest UpdateInterfaceRequest "
+    "UpdateRoutesRequest VolumeStatsRequest WaitProcessRequest WriteStreamRequest")
+
+
+def test_the_agent_s_policy_allows_every_call() -> None:
+    entries = rendered()
+    assert entries["/etc/kata-opa/default-policy.rego"].target == "allow-all.rego"
+    lines = [line for line in text(entries, "/etc/kata-opa/allow-all.rego").splitlines()
+             if line and not line.startswith("#")]
+    assert lines[0] == "package agent_policy"
+    rules = [line.removeprefix("default ").removesuffix(" := true") for line in lines[1:]]
+    assert all(line == f"default {rule} := true"
+               for line, rule in zip(lines[1:], rules, strict=True))
+    assert len(set(rules)) == len(rules)
+    assert set(REQUESTS.split()) <= set(rules)
+
+
 def test_gpu_units_are_ordered_before_the_agent() -> None:
     entries = rendered()
     chain = ["nvidia-modules", "nvidia-devices", "nvidia-persistenced", "nvidia-cdi"]

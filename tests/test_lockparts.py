@@ -80,8 +80,8 @@ def test_addresses_and_what_needs_no_file_are_not_asked_for(
     (fields(kernel__package="linux-source-6.13"), {"kernel"}),
     (fields(kernel__source=recipe.KernelSource.KERNEL_ORG, kernel__version="6.12.30"), {"kernel"}),
     (fields(toolkit__version="v1.18.0"), {"toolkit"}),
-    (fields(agent=recipe.Agent(file="agent")), {"agent"}),
-    (fields(distribution__suite="forky"), set(Part) - {"services", "agent", "emulator"}),
+    (fields(agent=recipe.Agent(file="agent")), {"agent", "base"}),  # and its libraries
+    (fields(distribution__suite="forky"), {"base", "driver", "kernel", "toolchain"}),
 ])
 def test_what_a_part_asks_for(
     plain: Recipe, repository: Path, change: Change, parts: set[str],
@@ -89,10 +89,7 @@ def test_what_a_part_asks_for(
     before = lockparts.asked(plain, repository)
     after = lockparts.asked(change(plain), repository)
     differ = {part for part in {*before, *after} if before.get(part) != after.get(part)}
-    if parts - {"driver", "agent"} and len(parts) > 1:
-        assert {"base", "driver", "kernel", "toolchain"} <= differ
-    else:
-        assert differ == parts
+    assert differ == parts
 
 
 def test_public_addresses_and_those_of_this_host(plain: Recipe, repository: Path) -> None:

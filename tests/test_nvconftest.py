@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -86,3 +87,14 @@ def test_the_key_knows_headers_and_not_sources(source: Path) -> None:
     assert nvconftest.key(source, "other headers") != before
     (source / "nvidia/nv.c").write_text("int x;\n")
     assert nvconftest.key(source, "headers") == before
+
+
+def test_how_long_the_probes_took(source: Path) -> None:
+    assert nvconftest.seconds(source, 1000.0) == 0.0  # nothing was probed
+    place = source / "conftest/compile-tests"
+    place.mkdir(parents=True)
+    for number, time in enumerate((1010.0, 1056.5, 1030.0)):
+        (place / f"{number}.h").touch()
+        os.utime(place / f"{number}.h", (time, time))
+    assert nvconftest.seconds(source, 1000.0) == 56.5
+    assert nvconftest.seconds(source, 2000.0) == 0.0

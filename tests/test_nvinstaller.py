@@ -15,6 +15,7 @@ from katagpu.errors import StepError, UserError
 from katagpu.nvcauses import Kind
 from katagpu.nvinstaller import HELP, WANTED, Request, command, left_out, supported
 from katagpu.schema import KernelModule
+from tests import fakehost
 from tests.nvrun.machine import LOG, MODULES, RELEASE, VERSION, Machine
 
 OPEN, CLOSED = KernelModule.OPEN, KernelModule.CLOSED
@@ -131,6 +132,7 @@ def test_nothing_that_is_not_listed_is_ever_passed(
     assert {"--silent", "--kernel-name", "--log-file-name"} <= words
     assert ("--no-opengl-files" in words) is not everything
     assert ("--install-compat32-libs" in words) is everything
+    assert ("--compat32-libdir" in words) is everything
 
 
 @pytest.mark.parametrize(("version", "spelling"), [
@@ -262,8 +264,22 @@ def test_graphics_and_32_bit_files_come_when_they_are_asked_for(machine: Machine
     assert nvoutcome.judge(outcome).ok
     assert {f"/usr/lib/x86_64-linux-gnu/libnvidia-glcore.so.{VERSION}",
             "/usr/lib/x86_64-linux-gnu/nvidia/wine/nvngx.dll"} <= machine.written()
-    assert f"/usr/lib/i386-linux-gnu/libcuda.so.{VERSION}" in machine.written() \
-        or f"/usr/lib32/libcuda.so.{VERSION}" in machine.written()
+    assert f"/usr/lib/i386-linux-gnu/libcuda.so.{VERSION}" in machine.written()
+
+
+def test_a_root_without_a_directory_of_32_bit_libraries_needs_one_named(machine: Machine) -> None:
+    """As `get_compat32_path` of the real one's files.c: asking for them is not enough."""
+    if Path("/usr/lib/i386-linux-gnu").is_dir() or Path("/usr/lib32").is_dir():
+        pytest.skip("the build host's /usr has such a directory")
+    listed = supported(machine.run(*HELP[1:]).said)
+    argv = command(listed, request(VERSION, compat32=True))[1:]
+    unnamed = [word for word in argv if not word.startswith("--compat32-libdir")]
+    outcome = machine.run(*unnamed)
+    assert nvoutcome.judge(outcome).ok
+    assert "Unable to find a suitable destination to install 32-bit" in outcome.log
+    assert not [path for path in machine.written() if "i386" in path or "lib32" in path]
+    assert nvoutcome.judge(machine.run(*argv)).ok
+    assert f"/usr/lib/i386-linux-gnu/libcuda.so.{VERSION}" in machine.written()
 
 
 def test_what_it_installed_can_be_named_checked_and_removed(machine: Machine) -> None:
@@ -284,3 +300,47 @@ def test_what_it_installed_can_be_named_checked_and_removed(machine: Machine) ->
     assert machine.run("--sanity", "--silent").status == 1
     assert machine.run("--silent", program="nvidia-uninstall").status == 0
     assert machine.written() == {"/usr/bin/nvidia-smi"}, "a file that was altered stays"
+
+
+# on a build host that has a GPU, a driver and an X server of its own
+
+
+def result(place: Path, builds: bool) -> dict[str, bytes]:
+    """What the installer leaves behind, as the pipeline calls it."""
+    machine = Machine(place=place)
+    machine.program("lsmod", "cat /proc/modules 2> /dev/null; true")
+    wish = request(VERSION, builds=builds, flavour=OPEN, drm=True)
+    outcome = machine.run(*command(supported(machine.run(*HELP[1:]).said), wish)[1:],
+                          flavour=OPEN)
+    assert nvoutcome.judge(outcome).ok, nvoutcome.judge(outcome)
+    return {path: machine.file(path).read_bytes() for path in machine.written()
+            if machine.file(path).is_file() and not path.startswith("/tmp/")}
+
+
+@pytest.mark.parametrize("builds", [False, True])
+def test_a_build_host_with_a_driver_gives_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: bool,
+) -> None:
+    plain = result(tmp_path / "plain", builds)
+    monkeypatch.setattr(sandbox, "ENTER", fakehost.program(tmp_path))
+    assert result(tmp_path / "faked", builds) == plain
+    assert any(path.endswith(".ko") for path in plain) is builds
+    monkeypatch.undo()
+    sandbox.remove(tmp_path)
+
+
+@pytest.mark.parametrize(("fake", "kind"), [
+    ("modules", Kind.LOADED), ("modprobe", Kind.MODPROBE), ("nouveau", Kind.NOUVEAU),
+    ("x", Kind.X_SERVER)])
+def test_what_would_come_of_such_a_host_if_it_were_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: str, kind: Kind,
+) -> None:
+    machine = Machine(place=tmp_path / "machine")
+    machine.program("lsmod", "cat /proc/modules 2> /dev/null; true")
+    options = ("--silent", f"--kernel-name={RELEASE}", "--no-systemd")
+    monkeypatch.setattr(sandbox, "ENTER", fakehost.program(tmp_path, hiding=False, fakes=[fake]))
+    assert nvoutcome.judge(machine.run(*options)).kind is kind
+    monkeypatch.setattr(sandbox, "ENTER", fakehost.program(tmp_path, fakes=[fake]))
+    assert nvoutcome.judge(machine.run(*options)).ok
+    monkeypatch.undo()
+    sandbox.remove(tmp_path)

@@ -161,6 +161,39 @@ def test_another_version_of_a_runfile(root: Path) -> None:
         load("debian-trixie", root, driver="580.95.05")
 
 
+def test_another_version_over_plain_http_has_no_digest(root: Path) -> None:
+    change(root, RUNFILE, RUNFILE.replace(
+        "debian", "runfile\n  url: http://x.example/a-{version}.run\n  sha256: " + "a" * 64))
+    load("debian-trixie", root)
+    with pytest.raises(UserError, match="plain http, and there is no digest of 580"):
+        load("debian-trixie", root, driver="580.95.05")
+    add(root, OTHERS.replace("debian, ", "runfile, sha256: " + "b" * 64
+                             + ", url: 'http://x.example/b', "))
+    assert load("debian-trixie", root, driver="570.1").driver.sha256 == "b" * 64
+
+
+@pytest.mark.parametrize(("place", "version"), [
+    ("file: downloads/NVIDIA-Linux-x86_64-550.163.02-grid.run", "550.163.02"),
+    ("file: a/510.54/driver-535.98.run", "535.98"),
+    ("url: https://x.example/580.1/NVIDIA-Linux-x86_64-580.126.09.run", "580.126.09")])
+def test_the_version_of_a_runfile_may_be_that_in_its_name(
+    root: Path, place: str, version: str,
+) -> None:
+    change(root, RUNFILE, f"driver:\n  source: runfile\n  {place}")
+    add(root, "\nother_drivers:\n  - {source: runfile, file: x-570.211.01.run}\n")
+    found = load("debian-trixie", root)
+    assert versions(found) == [version, "570.211.01"]
+    assert load("debian-trixie", root, driver="570.211.01").driver.file == "x-570.211.01.run"
+
+
+@pytest.mark.parametrize("place", ["file: driver.run", "file: 'a-{version}.run'",
+                                   "file: NVIDIA-Linux-x86_64.run"])
+def test_a_runfile_without_a_version_in_its_name(root: Path, place: str) -> None:
+    change(root, RUNFILE, f"driver:\n  source: runfile\n  {place}")
+    said = refused(root)
+    assert "`source: runfile` needs `version`" in said and "of a name with it in" in said
+
+
 def test_extra_pkgs_may_bring_the_compiler_of_the_installer(root: Path) -> None:
     change(root, "  capabilities: [compute, utility]\n", "")
     change(root, RUNFILE, RUNFILE.replace("debian", "runfile\n  modules_by: installer"))
@@ -174,6 +207,7 @@ def test_extra_pkgs_may_bring_the_compiler_of_the_installer(root: Path) -> None:
     ("file: 'a-{versoin}.run'", 23, "driver.file: `{version}` is all", "write it so"),
     ("file: 'a-{0}.run'", 23, "driver.file: `{version}` is all", "write it so"),
     ("url: https://x.example/a\n  file: a.run", 24, "driver.file: `url` is given too", "keep one"),
+    ("url: http://x.example/a", 23, "driver.url: over plain http anything may come", "sha256"),
     ("modules_by: installer", 23, "driver.modules_by: nvidia-installer finds no compiler",
      "extra_packages: [gcc, make]"),
     ("capabilities: [compat32, utility]", 23,

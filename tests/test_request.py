@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from katagpu import recipe, request
 from katagpu.errors import UserError
 from katagpu.recipe import (
+    Agent,
     Capability,
     DistributionId,
     DriverSource,
@@ -276,6 +277,19 @@ def test_what_is_asked_for_is_the_identity(
 ) -> None:
     other = change(default, more[0], **more[1])
     assert request.identity(other, repository) != request.identity(default, repository)
+
+
+def test_the_base_has_what_a_released_agent_is_linked_to(default: Recipe, repository: Path) -> None:
+    with_agent = replace(default, agent=Agent(file="kata-agent"))
+    groups = request.groups(with_agent, repository)
+    assert groups["base"].packages == (*request.BASE, "libdevmapper1.02.1", "libseccomp2")
+    plain = request.groups(default, repository)
+    assert plain["base"].packages == request.BASE
+    assert {name for name in groups if groups[name] != plain[name]} == {"base"}
+    assert request.identity(with_agent, repository) != request.identity(default, repository)
+    # The locks of both share what does not stand on the base.
+    one, other = (request.digests(each, repository) for each in (with_agent, default))
+    assert {name for name in one if one[name] != other[name]} == {"base", "driver_user"}
 
 
 def test_other_options_do_not_ask_anew(default: Recipe, repository: Path) -> None:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from katagpu import runfile, runpayload
-from katagpu.errors import StepError, UserError
+from katagpu.errors import UserError
 from katagpu.runfile import RunFile, fits, read_header
 from katagpu.runpayload import Compression
 from katagpu.schema import KernelModule
@@ -256,7 +256,7 @@ def test_damage_that_the_checksums_cover(tmp_path: Path, compression: str) -> No
 
     file = RunFile(repacked(path, damage))
     file.verify()
-    with pytest.raises(StepError, match="is damaged") as failure:
+    with pytest.raises(UserError, match="is damaged") as failure:
         file.extract(tmp_path / "target")
     assert "compare its SHA-256" in str(failure.value.hint)
     assert not (tmp_path / "target").exists()
@@ -273,7 +273,7 @@ def test_members_that_no_package_has(tmp_path: Path, evil: Evil) -> None:
     file.verify()
     place = tmp_path / "place"
     place.mkdir()
-    with pytest.raises(StepError) as failure:
+    with pytest.raises(UserError) as failure:
         file.extract(place / "target")
     assert repr(evil.value[-1].name.rstrip("/") or "./")[1:-1] in failure.value.what
     assert "nothing of it is unpacked" in failure.value.what
@@ -289,7 +289,7 @@ def test_members_are_judged_again_when_they_are_written(tmp_path: Path, evil: Ev
     bad = RunFile(Toy(members=evil.value).make(tmp_path / "bad"))
     place = tmp_path / "place"
     place.mkdir()
-    with pytest.raises(StepError, match="is refused"):
+    with pytest.raises(UserError, match="is refused"):
         runpayload.unpack(bad.payload, good.contents, place / "target")
     assert list(place.iterdir()) == []
 
@@ -462,5 +462,5 @@ def test_a_package_that_lacks_files(tmp_path: Path) -> None:
     (Toy(files={".manifest": b"nonsense\n"}), "does not start with 8 lines"),
 ])
 def test_a_package_without_a_manifest(tmp_path: Path, toy: Toy, said: str) -> None:
-    with pytest.raises(StepError, match=said):
+    with pytest.raises(UserError, match=said):
         fits(RunFile(toy.make(tmp_path)), version=None)

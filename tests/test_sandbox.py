@@ -22,11 +22,12 @@ from typing import Any
 import pytest
 
 from katagpu import sandbox
-from katagpu.enter import CAPABILITIES
+from katagpu.enter import ANSWERS, CAPABILITIES, HIDDEN_DIRECTORIES, HIDDEN_FILES
 from katagpu.errors import StepError, UserError
 from katagpu.run import CLEAN
 from katagpu.sandbox import ENTER, Bind, Entry, Form, Root
 from katagpu.tree import Capture
+from tests import fakehost
 
 ROOT = os.geteuid() == 0
 USR = Bind(source=Path("/usr"), target="/usr")
@@ -145,12 +146,10 @@ def test_a_fetch_step_has_the_hosts_network(entry: Make, listener: int) -> None:
     assert found.stdout == b"connected\n"
 
 
-def test_sys_is_read_only_and_the_hosts_devices_are_hidden(said: Say) -> None:
+def test_sys_is_read_only_and_so_is_what_hides_the_hosts_devices(said: Say) -> None:
     assert said("touch /sys/x 2>/dev/null || echo refused; ls /sys | grep -c bus") == "refused\n1\n"
-    for hidden in ("bus/pci", "module", "class/drm", "firmware"):
-        assert said(f"[ ! -e /sys/{hidden} ] || ls -A /sys/{hidden}") == "", hidden
-        assert said(f"! [ -e /sys/{hidden} ] || ! touch /sys/{hidden}/x 2>/dev/null") == ""
-    assert said("[ ! -e /proc/modules ] || cat /proc/modules") == ""
+    for hidden in HIDDEN_DIRECTORIES:
+        assert said(f"! [ -e /{hidden} ] || ! touch /{hidden}/x 2>/dev/null") == ""
 
 
 def test_the_hosts_settings_cannot_be_written(said: Say) -> None:
@@ -661,56 +660,55 @@ def test_all_of_this_as_an_ordinary_user(user: str, repository: Path) -> None:
         subprocess.run(["rm", "-rf", home / "basetemp"], check=True)
 
 
-FAKES = """
-set -e
-mount -t tmpfs host /sys
-mkdir -p /sys/bus/pci/devices/0000:01:00.0 /sys/bus/pci/drivers/nouveau /sys/module/nouveau
-ln -s ../../drivers/nouveau /sys/bus/pci/devices/0000:01:00.0/driver
-mkdir -p /sys/firmware/efi/efivars /sys/fs/selinux
-printf '\\006\\000\\000\\000\\001' > /sys/firmware/efi/efivars/SecureBoot-8be4df61
-echo 1 > /sys/fs/selinux/enforce
-mkdir /sys/repository
-mount --bind "$PWD" /sys/repository
-mount -t tmpfs host /tmp
-mkdir -p "$PWD"  # which may be below /tmp
-mount --bind /sys/repository "$PWD"
-echo $$ > /tmp/.X0-lock
-echo 'nvidia-uvm 9 0 - Live' > /sys/loaded
-for name in version modules sys/kernel/modprobe; do
-    if [ -e /proc/$name ]; then mount --bind /sys/loaded /proc/$name; fi
-done
-exec "$@"
-"""
-LOOK = """
-import sys
-from pathlib import Path
-from katagpu import sandbox
-from katagpu.sandbox import Bind, Entry, Root
-place = Path(sys.argv[1])
-script = '''cd /sys; find bus/pci module firmware fs/selinux /tmp -mindepth 1 2> /dev/null
-grep -l nvidia-uvm /proc/version /proc/modules /proc/sys/kernel/modprobe 2> /dev/null
-env | grep -E 'SYSSRC|KBUILD|MAKEFLAGS|DISPLAY'; true'''
-entry = Entry(argv=["sh", "-c", script], roots=[Root(lower=(place / "base",), upper=place / "up")],
-              scratch=place / "scratch", binds=[Bind(source=Path("/usr"), target="/usr")])
-entry.scratch.mkdir()
-sys.stdout.write(sandbox.enter(entry, capture=True).stdout.decode())
-"""
+
+# a host with a GPU of its own
+
+LOOK = """cd /
+find sys/bus/pci sys/module sys/class/drm sys/firmware tmp -mindepth 1 2> /dev/null
+cat proc/version proc/modules proc/sys/kernel/modprobe 2> /dev/null; true"""
 
 
-@needs_root
-def test_nothing_of_a_host_with_a_driver_is_seen(base: Path, tmp_path: Path,
-                                                 repository: Path) -> None:
-    """Loaded modules, nouveau, an X server, Secure Boot, SELinux, a developer's variables."""
-    del base
-    work = Path("/var/tmp") / tmp_path.name
-    shutil.copytree(tmp_path / "base", work / "base", symlinks=True)
-    try:
-        found = subprocess.run(
-            ["unshare", "--mount", "--propagation", "private", "sh", "-c", FAKES, "sh",
-             sys.executable, "-c", LOOK, work], cwd=repository, capture_output=True, text=True,
-            env={**os.environ, "SYSSRC": "/usr/src/linux", "KBUILD_OUTPUT": "/x", "DISPLAY": ":0",
-                 "MAKEFLAGS": "-j1"})
-    finally:
-        sandbox.remove(work)
-    assert (found.returncode, found.stderr) == (0, "")
-    assert found.stdout == ""
+def seen(entry: Make, monkeypatch: pytest.MonkeyPatch, program: Path) -> str:
+    """What is seen in a sandbox of a host that has all that `fakehost` has."""
+    monkeypatch.setattr(sandbox, "ENTER", program)
+    return sandbox.enter(entry("sh", "-c", LOOK), capture=True).stdout.decode()
+
+
+def test_nothing_of_a_host_with_a_driver_is_seen(
+    entry: Make, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loaded modules, kernel, modprobe, nouveau, a GPU, an X server, Secure Boot."""
+    (base / "tmp").mkdir()
+    hidden = seen(entry, monkeypatch, fakehost.program(tmp_path))
+    assert hidden == "".join(ANSWERS[name] for name in ("proc/version", "proc/sys/kernel/modprobe"))
+    shown = seen(entry, monkeypatch, fakehost.program(tmp_path, hiding=False))
+    for files in fakehost.FAKES.values():
+        for path, text in files.items():
+            if path.startswith(("sys/", "tmp/")):
+                assert path in shown.splitlines()
+            elif "/comm" not in path:
+                assert text in shown
+
+
+@pytest.mark.parametrize("hidden", [*HIDDEN_FILES, *HIDDEN_DIRECTORIES, *ANSWERS])
+def test_each_place_is_hidden_by_its_own_entry(
+    entry: Make, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: str,
+) -> None:
+    (base / "tmp").mkdir()
+    program = fakehost.program(tmp_path)
+    whole = seen(entry, monkeypatch, program)
+    text = program.read_text()
+    program.write_text(text.replace("hide_host, mount = enter", f"""
+enter.HIDDEN_DIRECTORIES = tuple(n for n in enter.HIDDEN_DIRECTORIES if n != {hidden!r})
+enter.HIDDEN_FILES = tuple(n for n in enter.HIDDEN_FILES if n != {hidden!r})
+enter.ANSWERS = {{n: text for n, text in enter.ANSWERS.items() if n != {hidden!r}}}
+hide_host, mount = enter""", 1))
+    assert seen(entry, monkeypatch, program) != whole
+
+
+def test_the_developers_variables_are_not_seen(
+    said: Say, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("SYSSRC", "KBUILD_OUTPUT", "DISPLAY", "MAKEFLAGS"):
+        monkeypatch.setenv(name, "x")
+    assert said("env | grep -E 'SYSSRC|KBUILD|MAKEFLAGS|DISPLAY' || echo none") == "none\n"

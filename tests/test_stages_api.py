@@ -85,3 +85,36 @@ def test_a_source_is_unpacked_once(tmp_path: Path) -> None:
     first, second = (build.unpacked("source-x", unpack) for _ in range(2))
     assert first == second and (first / "Makefile").exists()
     assert len(unpacked) == 1
+
+
+LOG = """# a.c
+cache_miss
+direct_cache_miss
+preprocessed_cache_miss
+# a.c
+direct_cache_hit
+local_storage_hit
+# b.c
+preprocessed_cache_hit
+# a.o
+called_for_link
+"""
+
+
+def test_what_ccache_answered_is_in_the_record(tmp_path: Path) -> None:
+    build = make_build(tmp_path, Store(tmp_path / "store"), "stage", ())
+    assert "ccache" not in build.finish({}, {}).record
+    binds, env = build.compiler_cache("kernel", "0" * 64)
+    assert "ccache" not in build.finish({}, {}).record  # an old one, which writes no log
+    place = next(bind for bind in binds if env["CCACHE_STATSLOG"].startswith(f"{bind.target}/log"))
+    assert place.writable
+    (place.source / "log").write_text(LOG)
+    assert build.finish({}, {"cpu": 1.0}).record == {
+        "cpu": 1.0, "ccache": {"hits": 2, "misses": 1}}
+
+
+def test_without_ccache_nothing_came_from_it(tmp_path: Path) -> None:
+    build = make_build(tmp_path, Store(tmp_path / "store"), "stage", ())
+    build.ccache = False
+    assert build.compiler_cache("kernel", "0" * 64) == ([], {"CCACHE_DISABLE": "1"})
+    assert build.finish({}, {}).record == {"ccache": {"hits": 0, "misses": 0}}

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import io
+import shutil
+import subprocess
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +15,13 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from katagpu import disk, guest, recipe, verity
-from katagpu.errors import UserError
+from katagpu import artifacts, disk, guest, recipe, verity
+from katagpu.errors import StepError, UserError
 from katagpu.keys import PACKAGE
 from katagpu.lock import Deb, Lock
 from katagpu.run import Result
 from katagpu.sandbox import Bind, Root
-from katagpu.schema import Headers, ImageFormat, ImageModel, Recipe
+from katagpu.schema import Agent, DriverSource, Headers, ImageFormat, ImageModel, Recipe
 from katagpu.stages import roots
 from katagpu.stages.api import Build, Stage
 from katagpu.store import Kind, Output, Store
@@ -28,7 +34,7 @@ class Recorder(Build):
     """Records what would run; `effect` stands for what the programs would leave behind."""
 
     def __init__(self, stage: Stage, directory: Path,
-                 effect: Callable[[Recorder, Sequence[str]], None] = lambda *_: None) -> None:
+                 effect: Callable[[Recorder, Sequence[str]], object] = lambda *_: None) -> None:
         output = Output(kind=Kind.FILE, identity="0" * 64, blob="0" * 64, size=0)
         super().__init__(stage, Store(directory / "store"),
                          dict.fromkeys(stage.inputs, output), directory, directory / "log")
@@ -37,6 +43,7 @@ class Recorder(Build):
         self.networks: list[bool] = []
         self.effect = effect
         self.texts: dict[str, str] = {}
+        self.files: dict[str, Path] = {}
         self.answer = b"6.12.9-nvidia-gpu\n"
         self.calls: list[tuple[str, list[Root], dict[str, Any]]] = []
 
@@ -51,12 +58,17 @@ class Recorder(Build):
         return Result(status=0, stdout=self.answer)
 
     def blob(self, name: str) -> Path:
+        if name in self.files:
+            return self.files[name]
         path = self.scratch / f"blob-{name}"
         path.write_text(self.texts.get(name, ""))
         return path
 
     def tree(self, name: str) -> Path:
         return self.directory(f"tree-{name}")
+
+    def debs(self, group: str) -> list[Path]:
+        return [self.files[group]]
 
     def repository(self, group: str, files: Sequence[Path] = ()) -> Path:
         return self.directory(f"repository-{group}")
@@ -163,6 +175,133 @@ def test_rpm_headers_come_from_the_kernels_own_packaging(default: Recipe) -> Non
     rpm = replace(default, kernel=replace(default.kernel, headers=Headers.RPM))
     assert "headers_rpm" in stage(rpm, "kernel").outputs
     assert "headers_rpm" not in stage(default, "kernel").outputs
+
+
+def package(place: Path, files: Mapping[str, bytes]) -> Path:
+    """A package with these files."""
+    control = place / "DEBIAN/control"
+    for path, data in {control: b"Package: toy\nVersion: 1\nArchitecture: all\nDescription: toy\n"
+                                b"Maintainer: nobody <nobody@localhost>\n",
+                       **{place / name: data for name, data in files.items()}}.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    subprocess.run(["dpkg-deb", "-Zxz", "--root-owner-group", "--build", place,
+                    place.with_suffix(".deb")], check=True, capture_output=True)
+    return place.with_suffix(".deb")
+
+
+def tarball(files: Mapping[str, str]) -> bytes:
+    """A tarball as Debian's packages have it, packed with xz."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:xz") as tar:
+        for name, text in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+    return stream.getvalue()
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+def test_the_kernel_s_source_is_the_one_tarball_of_its_package(
+        default: Recipe, tmp_path: Path) -> None:
+    build = Recorder(stage(default, "kernel_source"), tmp_path)
+    build.files = {"packages": package(tmp_path / "linux-source", {
+        "usr/src/linux-source-6.12.tar.xz": b"source",
+        "usr/src/linux-patch-6.12-rt.patch.xz": b"a patch that is not ours"})}
+    build.stage.make(build)
+    assert (build.ran, set(build.outputs)) == ([], {"tarball"})
+    log = (tmp_path / "log").read_text()
+    assert f"$ dpkg-deb --extract {tmp_path}/linux-source.deb {tmp_path}/deb" in log
+    build = Recorder(stage(default, "kernel_source"), tmp_path / "empty")
+    build.files = {"packages": package(tmp_path / "other", {"usr/src/config.xz": b""})}
+    build.scratch.mkdir()
+    with pytest.raises(StepError, match="does not contain one tarball"):
+        build.stage.make(build)
+
+
+def test_the_configuration_is_merged_on_nothing_and_settled(
+        default: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = REPOSITORY / "tests/data/toykernel"
+    monkeypatch.setattr("katagpu.stages.config.tree", lambda build: toy)
+    fragment = tmp_path / "mine.conf"
+    fragment.write_text("CONFIG_PCI=y\n")
+    real = stage(default, "kernel_config")
+    own = dataclasses.replace(real, options={"fragments": ["base/mine.conf"]},
+                              files={**real.files, "base/mine.conf": fragment})
+
+    def effect(build: Recorder, argv: Sequence[str]) -> None:
+        if "olddefconfig" in argv:
+            (build.directory("build") / ".config").write_text("CONFIG_64BIT=y\nCONFIG_PCI=y\n")
+
+    build = Recorder(own, tmp_path, effect)
+    build.stage.make(build)
+    source, out = "/usr/src/linux", "/katagpu/kernel/build"
+    assert build.ran == [
+        ["make", "-C", source, f"O={out}", "ARCH=x86_64", "outputmakefile"],
+        [f"{source}/scripts/kconfig/merge_config.sh", "-n", "-O", out,
+         "/katagpu/fragments/00-mine.conf"],
+        ["make", "-C", source, f"O={out}", "ARCH=x86_64", "olddefconfig"]]
+    assert all(env == {"ARCH": "x86_64"} for env in build.environments)
+    assert set(build.outputs) == {"config"}
+    names = list(real.options["fragments"])
+    assert names == sorted(names) and names[0] == "kernel-configs/base/10-build.conf"
+
+
+def test_an_agent_is_read_out_of_an_image_by_the_image_tools(
+        default: Recipe, tmp_path: Path) -> None:
+    image = tmp_path / "kata.image"
+    plan = disk.layout(64 << 20)
+    (tmp_path / "fs").write_bytes(bytes(1080) + b"\x53\xef" + bytes(2966))  # ext4's magic
+    disk.write(image, plan, [tmp_path / "fs"], disk_signature=1)
+    build = Recorder(
+        stage(replace(default, agent=Agent(image=str(image))), "agent"), tmp_path,
+        lambda build, _argv: shutil.copy("/bin/true", build.directory("agent") / "dumped"))
+    build.stage.make(build)
+    assert build.ran == [["debugfs", "-R", f'dump /usr/bin/kata-agent "{tmp_path}/agent/dumped"',
+                          f"{image}?offset={plan.partitions[0].offset}"]]
+    assert set(build.outputs) == {"agent"} and build.facts["needed"] == ["libc.so.6"]
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+def test_driver_modules_are_compiled_against_the_headers_alone(
+        default: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("katagpu.stages.driver.jobs", lambda: 7)
+    # There is no root; what is asked of one is test_nvpreflight.py's.
+    monkeypatch.setattr("katagpu.stages.driver.require_modules", lambda *_where: None)
+    chosen = replace(default, driver=replace(default.driver, version="999.1"))  # has no patches
+
+    def effect(build: Recorder, argv: Sequence[str]) -> None:
+        if argv[0] == "make":
+            source = build.scratch / "driver-source"
+            assert (source / "conftest.sh").read_text() == "# probes\n"
+            for name in ("nvidia", "nvidia-uvm"):
+                (source / f"{name}.ko").write_text(name)
+
+    build = Recorder(stage(chosen, "driver_modules"), tmp_path, effect)
+    release = build.texts["release"] = "6.12.9-nvidia-gpu"
+    place = f"usr/src/linux-headers-{release}"
+    (tmp_path / "log").touch()
+    build.files = {
+        "source": package(tmp_path / "source", {"usr/src/nvidia-open-kernel.tar.xz": tarball({
+            f"modules/nvidia-open-kernel/{name}": "# probes\n" for name in (
+                "conftest.sh", "Kbuild")})}),
+        "headers": package(tmp_path / "linux-headers", {
+            f"{place}/include/config/auto.conf": b"#\nCONFIG_SMP=y\nCONFIG_A=toy\n",
+            f"{place}/Module.symvers": b"exports\n"})}
+    build.stage.make(build)
+    assert build.ran == [
+        ["make", "ARCH=x86_64", "-j7", f"SYSSRC=/{place}", f"SYSOUT=/{place}", "CC=gcc",
+         "NV_EXCLUDE_KERNEL_MODULES=nvidia-peermem nvidia-drm nvidia-modeset", "modules"],
+        ["strip", "--strip-debug", "--", "nvidia-uvm.ko", "nvidia.ko"]]
+    first = build.environments[0]
+    assert first["KBUILD_BUILD_VERSION"] == "1" and first["PATH"].startswith("/usr/lib/ccache:")
+    modules = tmp_path / "modules/usr/lib/modules" / release
+    assert {path.name for path in (modules / "kernel/drivers/video").iterdir()} == {
+        "nvidia.ko", "nvidia-uvm.ko"}
+    assert build.facts["times"].keys() == {"conftest", "compile"}
+    record = [line.split() for line in (modules / "driver-headers").read_text().splitlines()]
+    assert record == [[hashlib.sha256(data).hexdigest(), name] for name, data in (
+        ("settings", b"CONFIG_A=toy\nCONFIG_SMP=y\n"), ("Module.symvers", b"exports\n"))]
 
 
 @pytest.mark.parametrize("slim", [False, True])
@@ -294,6 +433,7 @@ def test_the_driver_s_disk_is_indexed_in_place_and_checked_where_it_is_mounted(
         "driver_modules", "kernel_modules", "driver_user", "toolkit", "base")]
     assert [Path(layer).name for layer in given["layers"]] == [
         "tree-toolkit", "tree-driver_user", "tree-driver_modules"]
+    assert given["whole"] == []
     guest_root, mounted = roots
     assert [path.name for path in guest_root.lower] == [
         "tree-rootfs", "tree-kernel_modules", "tree-extension_tools", "tree-base"]
@@ -301,6 +441,18 @@ def test_the_driver_s_disk_is_indexed_in_place_and_checked_where_it_is_mounted(
     assert mounted.lower == (tmp_path / "extension",)
     assert facts["facts"]["extension"] == mounted.target
     assert facts["facts"]["driver"]["version"] == "550.163.01"
+
+
+def test_of_a_run_file_the_disk_has_all_that_the_manifest_chose(
+        default: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("katagpu.check.elf.read_build_id", lambda path: "12ab")
+    split = replace(default, image=replace(default.image, model=ImageModel.EXTENSION),
+                    driver=replace(default.driver, source=DriverSource.RUNFILE))
+    build = Recorder(stage(split, "extension_root"), tmp_path)
+    build.texts["release"] = "6.12.9-nvidia-gpu"
+    build.stage.make(build)
+    (_harvest, _merged, given), _check = build.calls
+    assert [Path(layer).name for layer in given["whole"]] == ["tree-driver_user"]
 
 
 def test_the_base_is_rendered_and_checked_without_its_driver(
@@ -314,6 +466,46 @@ def test_the_base_is_rendered_and_checked_without_its_driver(
     assert given["variables"]["driver_version"] == ""
     assert facts["facts"]["driver"] is None
     assert facts["facts"]["extension"] == "/run/kata-extensions/gpu"
+
+
+@pytest.mark.parametrize("missing", ["RD_ZSTD", "BLK_DEV_INITRD", None])
+def test_an_initrd_that_the_kernel_cannot_unpack_is_not_made(
+        default: Recipe, tmp_path: Path, missing: str | None) -> None:
+    """The recipe's own format is erofs, which is all that the checks of its root look at."""
+    def effect(build: Recorder, argv: Sequence[str]) -> None:
+        (build.directory("packed") / "initrd.zst").write_bytes(b"packed")
+
+    build = Recorder(stage(default, "initrd"), tmp_path, effect)
+    symbols = [name for name in ("RD_ZSTD", "BLK_DEV_INITRD") if name != missing]
+    build.texts["config"] = "".join(f"CONFIG_{name}=y\n" for name in symbols)
+    with tarfile.open(build.directory("packed") / "tree.tar", "w"):
+        pass
+    if missing is None:
+        build.stage.make(build)
+        assert [argv[0] for argv in build.ran] == ["zstd"]
+        return
+    with pytest.raises(StepError, match=f"initrd .zstd.*CONFIG_{missing} is not set"):
+        build.stage.make(build)
+    assert not build.ran and not build.calls
+
+
+def test_the_initrd_of_a_guest_with_an_image_has_drop_ins_of_its_own(
+        default: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tomllib
+
+    written: dict[str, bytes] = {}
+    chosen = replace(default, image=replace(default.image, dax_header=True))
+    build = Recorder(stage(chosen, "initrd_config"), tmp_path)
+    monkeypatch.setattr(build, "put_bytes", written.__setitem__)
+    build.stage.make(build)
+    for text in written.values():
+        table = tomllib.loads(text.decode())["hypervisor"]["qemu"]
+        assert table["initrd"] == (
+            "/opt/kata/share/kata-containers/kata-containers-nvidia-gpu-initrd.img")
+        assert table["image"] == "" and table["disable_image_nvdimm"] is True
+    named = {artifact.name: artifact.link for artifact in artifacts.of(chosen, "build_initrd")}
+    assert {"50-katagpu-initrd.toml", "50-katagpu-initrd-runtime-rs.toml"} <= set(named)
+    assert "kata-containers-nvidia-gpu-initrd.img" in named.values()
 
 
 @pytest.mark.parametrize("model", list(ImageModel))

@@ -98,8 +98,8 @@ def root() -> Path:
     (section("rootfs", packages=("curl",)), set()),  # it reaches base through the lock
     (lambda old: replace(old, vgpu=Vgpu()), {"rootfs", "manifest"}),
     (section("toolkit", source=ToolkitSource.NONE),
-     {"toolkit_source", "toolkit", "driver_user", "rootfs", "image", "initrd", "kata_config",
-      "manifest"}),
+     {"toolkit_source", "toolkit", "driver_user", "rootfs", "image", "initrd", "initrd_config",
+      "kata_config", "manifest"}),
 ], ids=["name", "mirror", "flavour", "driver version", "capabilities", "headers", "features",
         "toolkit version", "compression", "level", "dax", "ext4", "packages", "vgpu", "no toolkit"])
 def test_what_a_recipe_s_change_runs_again(
@@ -326,8 +326,8 @@ def test_both_models_share_all_that_takes_long(
 ) -> None:
     one = chained(guest.stages(default, locked(default, root), root))
     two = chained(guest.stages(split, locked(split, root), root))
-    assert changed(one, two) == {"extension_tools", "rootfs", "image", "initrd", "extension_root",
-                                 "extension", "kata_config", "manifest"}
+    assert changed(one, two) == {"extension_tools", "rootfs", "image", "initrd", "initrd_config",
+                                 "extension_root", "extension", "kata_config", "manifest"}
 
 
 @pytest.mark.parametrize(("change", "again"), [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from katagpu import guest, kernelorg, keys, recipe
+from katagpu import driverfile, guest, kernelorg, keys, recipe
 from katagpu.errors import UserError
 from katagpu.lock import File, Lock, Pins
 from katagpu.schema import Agent, DriverSource, KernelSource, Recipe
@@ -17,7 +17,6 @@ from katagpu.stages.api import Stage
 
 BARE = Lock(recipe="toy", request="", groups={})
 ONE, TWO = "1" * 64, "2" * 64
-URL = "https://us.download.nvidia.com/driver.run"
 
 
 @pytest.fixture
@@ -58,11 +57,14 @@ def test_a_release_of_kernel_org_is_a_download(plain: Recipe, repository: Path) 
 
 
 def test_a_run_file_is_a_download(plain: Recipe, repository: Path) -> None:
-    found = stages(plain, pinned(driver__run=File(sha256=ONE, size=1, url=URL)),
-                   repository)["driver_package"]
-    assert not found.network
-    assert found.downloads["run"] == (URL, ONE)
-    assert found.options["sha256"] == ONE and "urls" not in found.options
+    url = driverfile.addresses(plain)[1]
+    file = File(sha256=ONE, size=1, url=url)
+    lock = replace(pinned(driver__run=file), downloads={url: ONE})
+    assert stages(plain, BARE, repository)["driver_package"].downloads["run"][1] is None
+    assert stages(plain, lock, repository)["driver_package"].downloads["run"] == (url, ONE)
+    mirror = replace(plain, driver=replace(plain.driver, url="https://mirror.example.org/x.run"))
+    moved = stages(mirror, lock, repository)["driver_package"]
+    assert moved.downloads["run"] == ("https://mirror.example.org/x.run", ONE)
 
 
 def test_go_modules_are_in_the_key(plain: Recipe, repository: Path) -> None:

@@ -50,7 +50,8 @@ OUTPUTS = {
     "kernel": ["vmlinuz", "vmlinux", "system_map", "headers"],
     "driver_modules": ["modules"], "driver_user": ["layer"], "toolkit": ["layer"],
     "rootfs": ["report"], "image": ["image", "sizes", "files"], "initrd": ["image"],
-    "kata_config": ["config", "config_rs"], "manifest": ["manifest"],
+    "kata_config": ["config", "config_rs"], "initrd_config": ["config", "config_rs"],
+    "manifest": ["manifest"],
 }
 NEEDS = {
     "kernel": ["kernel_config"], "driver_modules": ["kernel"], "image": ["rootfs"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 
+from katagpu import provenance
 from katagpu.boot import pci
 from katagpu.boot.facts import Failed, Skipped
 from katagpu.boot.pci import Function
@@ -86,6 +87,7 @@ def modules(session: Session) -> list[str]:
         return [name for name in wanted if not guest.exists(f"/sys/module/{name}/refcnt")]
 
     if not guest.until(lambda: not missing(), session.patience):
+        session.lost = "the driver's modules are not loaded, as another check says"
         asked = guest.run(["modprobe", "--verbose", *(
             ["--dirname", facts.extension] if facts.extension else []), "nvidia"]).said
         raise Failed(f"not loaded: {', '.join(missing())}",
@@ -105,7 +107,7 @@ def modules(session: Session) -> list[str]:
 def vermagic(session: Session) -> list[str]:
     """Each of the driver's modules was made for this kernel, as modinfo says of the file."""
     facts = session.facts
-    session.require_driver()
+    session.require_driver(working=False)
     base = ["--basedir", facts.extension] if facts.extension else []
     lines = []
     for name in ("nvidia", "nvidia-uvm"):
@@ -117,6 +119,28 @@ def vermagic(session: Session) -> list[str]:
                                "modules.dep", cure="./doitw build_image")
         lines.append(f"{name}: {said}")
     return lines
+
+
+def compiled_against(session: Session) -> list[str]:
+    """The driver's modules were compiled against this very kernel's configuration."""
+    session.require_driver(working=False)
+    if not session.guest.exists("/proc/config.gz"):
+        raise Skipped("this kernel does not show its configuration (IKCONFIG_PROC)")
+    import gzip
+
+    place = f"{session.facts.extension or ''}/lib/modules/{session.facts.release}"
+    try:
+        found = provenance.read(session.guest.text(f"{place}/{provenance.RECORD}"))
+    except FileNotFoundError:
+        found = {}
+    running = provenance.settings(gzip.decompress(session.guest.read("/proc/config.gz")).decode())
+    if found.get(provenance.SETTINGS) != running:
+        raise Failed("the driver's modules are of a kernel of another configuration", [
+            f"compiled against {found.get(provenance.SETTINGS, 'nobody knows what')}",
+            f"running          {running}"],
+            cause="kernel and image are of two builds; the release is the same, and says nothing",
+            cure="./doitw build_image, and install all of its files together")
+    return [f"settings {running}"]
 
 
 def nouveau(session: Session) -> list[str]:
@@ -144,6 +168,7 @@ def _bound(session: Session, plugged: Plugged) -> list[str]:
         return find(session, plugged).driver == "nvidia"
 
     if not session.guest.until(bound, session.patience, step=0.3):
+        session.lost = "the driver has not taken the GPU, as another check says"
         raise Failed(f"{find(session, plugged)}: nvidia.ko did not take it",
                      session.grep(r"NVRM|nvidia"),
                      cause=_refusal(session), cure="the kernel's lines above say why")
@@ -271,6 +296,8 @@ def hot_bound(session: Session) -> list[str]:
 def second(session: Session) -> list[str]:
     """A second GPU is hot-plugged beside the first; both have addresses and the driver."""
     session.first()
+    if session.lost:
+        raise Skipped(session.lost)
     plugged = session.plug_gpu()
     lines = [*_addresses(session, plugged), *_bound(session, plugged), *_model(session, plugged)]
     first, other = (find(session, each) for each in session.gpus[:2])

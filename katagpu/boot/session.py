@@ -95,6 +95,7 @@ class Session:
         self.gpus: list[Plugged] = []
         self.servers: dict[str, Server] = {}
         self.ready_at: float | None = None
+        self.lost = ""  # why no check need wait for the driver any more
         self._stack = ExitStack()
 
     def keep(self, context: AbstractContextManager[Any]) -> None:
@@ -108,10 +109,6 @@ class Session:
     def uptime(self) -> float:
         """Seconds since the guest's kernel started."""
         return float(self.guest.text("/proc/uptime").split()[0])
-
-    def note_ready(self) -> None:
-        """The guest is ready now."""
-        self.ready_at = self.uptime()
 
     def tail(self, count: int = 8) -> list[Line]:
         """The last lines of the kernel's log."""
@@ -129,10 +126,11 @@ class Session:
             return "the lesser check: no NVIDIA function is in the machine"
         return "this guest has no driver" if self.facts.driver is None else None
 
-    def require_driver(self) -> None:
-        """Raises `Skipped` where there is no driver to look at."""
-        if self.no_driver is not None:
-            raise Skipped(self.no_driver)
+    def require_driver(self, *, working: bool = True) -> None:
+        """Raises `Skipped` where there is no driver to look at, or, `working`, it does nothing."""
+        why = self.no_driver or (self.lost if working else "")
+        if why:
+            raise Skipped(why)
 
     def first(self) -> Plugged:
         """The first GPU. Raises `Skipped` where none is in the guest."""

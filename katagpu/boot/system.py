@@ -11,6 +11,8 @@ from katagpu.boot.facts import Failed, Skipped
 from katagpu.boot.session import Session
 
 TARGET = "kata-containers.target"
+LOADER = "/lib64/ld-linux-x86-64.so.2"
+LIBRARIES = "/usr/lib/x86_64-linux-gnu"
 # What a kernel says when something is broken in it (kernel/panic.c, lib/bug.c, kernel/module).
 TROUBLE = re.compile(
     r"\bOops\b|\bBUG:|\bWARNING: |Kernel panic|general protection fault|Call Trace|"
@@ -28,17 +30,23 @@ REBUILD = "./doitw build_image, and install all of its files together"
 def ready(session: Session) -> list[str]:
     """The guest boots, and systemd reaches Kata's target."""
     guest = session.guest
+    said: dict[str, str] = {}
 
     def reached() -> bool:
-        return guest.run(["systemctl", "is-active", TARGET]).stdout.strip() == "active"
+        shown = guest.run(["systemctl", "show", "--property=ActiveState",
+                           "--property=ActiveEnterTimestampMonotonic", TARGET]).stdout
+        said.update({name: value for name, _equals, value in
+                     (line.partition("=") for line in shown.splitlines())})
+        return said.get("ActiveState") == "active"
 
-    if not guest.until(reached, session.patience):
+    # Each question keeps systemd from its work: under an emulator it counts.
+    if not guest.until(reached, session.patience, step=1.0):
         jobs = guest.run(["systemctl", "list-jobs", "--no-legend"]).said
         raise Failed(f"{TARGET} was not reached within {session.patience:.0f} s", jobs,
                      cause="a unit waits for something that this guest does not have",
                      cure="look at the waiting jobs above; mask the unit (rootfs/layout.yaml) or "
                           "add what it needs")
-    session.note_ready()
+    session.ready_at = int(said["ActiveEnterTimestampMonotonic"]) / 1e6
     return [f"{TARGET} reached {session.ready_at:.1f} s after the kernel's start"]
 
 
@@ -148,19 +156,21 @@ def units(session: Session) -> list[str]:
 def libraries(session: Session) -> list[str]:
     """Every program and shared library of the guest finds all that it is linked to."""
     place = session.facts.extension
-    env = f"LD_LIBRARY_PATH={place}/usr/lib/x86_64-linux-gnu " if place else ""
-    script = (
-        f"find / {place or ''} -xdev -type f \\( -name '*.so*' -o -perm -100 \\) | "
-        "{ count=0; while read -r file; do "
-        f"said=$({env}/lib64/ld-linux-x86-64.so.2 --list \"$file\" 2>&1) && "
-        "count=$((count + 1)); "
-        "case $said in *'not found'*) echo \"$file: $said\" | grep -E '^/|not found';; esac; "
-        "done; echo count $count; }")
-    found = session.guest.shell(script, timeout=120).stdout.splitlines()
+    env = f"export LD_LIBRARY_PATH={place}{LIBRARIES}; " if place else ""
+    files = f"{env}find / {place or ''} -xdev -type f \\( -name '*.so*' -o -perm -100 \\)"
+    # The kernel's own library is in every list that the loader makes.
+    found = session.guest.shell(
+        f"{files} -print0 | xargs -0 -n 1 -P 2 {LOADER} --list 2>&1 | "
+        "awk '/linux-vdso/ {count++} /not found/ {print} END {print \"count\", count + 0}'",
+        timeout=120).stdout.splitlines()
     count = next((line for line in found if line.startswith("count ")), "count 0")
-    wrong = [line.strip() for line in found if "not found" in line]
+    wrong = sorted({line.strip() for line in found if "not found" in line})
     if wrong:
-        raise Failed(f"{len(wrong)} libraries are not found by the guest's own loader", found[:-1],
+        whose = session.guest.shell(
+            f"{files} | while read -r file; do {LOADER} --list \"$file\" 2>&1 | "
+            "grep -q 'not found' && echo \"needed by $file\"; done", timeout=240).said
+        raise Failed(f"{len(wrong)} libraries are not found by the guest's own loader",
+                     [*wrong, *whose],
                      cause="a package or a file of the driver is missing, or ld.so.cache is old",
                      cure="add the package that has the library to rootfs.packages, or the "
                           "capability to driver.capabilities")

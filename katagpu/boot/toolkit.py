@@ -41,7 +41,7 @@ def _hand_over(session: Session, name: str) -> str:
 def driver_libraries(session: Session) -> list[str]:
     """The driver's libraries load, those too that are only opened at run time."""
     facts = session.facts
-    session.require_driver()
+    session.require_driver(working=False)
     assert facts.driver is not None
     branch = int(facts.driver.split(".")[0])
     names = [row.name.format(version=facts.driver) for row in DLOPENED

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+from katagpu.check import kernelconfig
 from katagpu.check.elf import Damaged
 from katagpu.check.facts import GuestFacts
 from katagpu.check.kmod import (
@@ -13,7 +14,6 @@ from katagpu.check.kmod import (
     Export,
     Module,
     canonical,
-    read_config,
     read_module,
     read_symvers,
 )
@@ -114,4 +114,4 @@ class Guest:
     @cached_property
     def config(self) -> Mapping[str, str]:
         """The kernel's configuration."""
-        return read_config(self.facts.kernel_config)
+        return kernelconfig.read(self.facts.kernel_config)

@@ -1,7 +1,8 @@
 """Checks for what Kata's agent and runtime expect of a guest.
 
 Sources: kata-containers src/agent/src/rpc.rs (iptables paths, modprobe, resolv.conf),
-src/agent/src/sandbox.rs (guest hooks), src/agent/rustjail (mounts), and osbuilder's rootfs.sh.
+src/agent/src/sandbox.rs (guest hooks), src/agent/policy (its policy), src/agent/rustjail (mounts),
+and osbuilder's rootfs.sh.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator
 
+from katagpu.check import kernelconfig
 from katagpu.check.context import Guest
-from katagpu.check.facts import Fault, RootFormat, Severity
+from katagpu.check.facts import Fault, Severity
 
 MOUNT_POINTS = ("/proc", "/sys", "/dev", "/run", "/tmp")
 AGENT = "/usr/bin/kata-agent"
+POLICY = "/etc/kata-opa/default-policy.rego"
 # Either of the two directories; the agent tries both, mke2fs is looked up in its PATH.
 PROGRAMS = {
     "modprobe": "kmod", "mkfs.ext4": "e2fsprogs",
@@ -22,40 +25,12 @@ PROGRAMS = {
 }
 UNITS = ("kata-agent.service", "kata-containers.target")
 UNIT_DIRECTORIES = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
-COMPRESSORS = {
-    RootFormat.EROFS: {"lz4": "EROFS_FS_ZIP", "lz4hc": "EROFS_FS_ZIP", "lzma": "EROFS_FS_ZIP_LZMA",
-                       "deflate": "EROFS_FS_ZIP_DEFLATE", "zstd": "EROFS_FS_ZIP_ZSTD"},
-    RootFormat.INITRD: {"gzip": "RD_GZIP", "bzip2": "RD_BZIP2", "lzma": "RD_LZMA", "xz": "RD_XZ",
-                        "lzo": "RD_LZO", "lz4": "RD_LZ4", "zstd": "RD_ZSTD"},
-    RootFormat.EXT4: {},
-}
-FORMATS = {RootFormat.EROFS: "EROFS_FS", RootFormat.INITRD: "BLK_DEV_INITRD",
-           RootFormat.EXT4: "EXT4_FS"}
 
 
 def image_format(guest: Guest) -> Iterator[Fault]:
-    """The kernel mounts the root: its file system and compressor are built in.
-
-    A module would not do, since no initramfs could load it.
-    """
-    facts = guest.facts
-    symbols = [FORMATS[facts.root_format]]
-    known = COMPRESSORS[facts.root_format]
-    if facts.compressor is not None and facts.compressor not in known:
-        yield Fault(what=f"no kernel reads {facts.root_format} compressed with "
-                         f"{facts.compressor}", where="kernel config",
-                    cure=f"choose {', '.join(known) or 'no compressor'}")
-    elif facts.compressor is not None:
-        symbols.append(known[facts.compressor])
-        if facts.root_format is RootFormat.EROFS and "EROFS_FS_ZIP" not in symbols:
-            symbols.append("EROFS_FS_ZIP")
-    for symbol in symbols:
-        if guest.config.get(symbol) != "y":
-            yield Fault(what=f"the image is {facts.root_format} ({facts.compressor or 'plain'}), "
-                             f"and CONFIG_{symbol} is {guest.config.get(symbol, 'not set')}: the "
-                             "root cannot be mounted", where="kernel config",
-                        cure=f"ask for CONFIG_{symbol}=y in a fragment, or choose another "
-                             "compressor")
+    """The kernel mounts the root: its file system and compressor are built in."""
+    yield from kernelconfig.unreadable(guest.config, guest.facts.root_format,
+                                       guest.facts.compressor)
 
 
 def layout(guest: Guest) -> Iterator[Fault]:
@@ -93,6 +68,10 @@ def agent(guest: Guest) -> Iterator[Fault]:
     if not guest.root.is_program(AGENT):
         yield Fault(what="there is no agent that may be executed", where=AGENT,
                     cure="check what 'agent:' in the recipe names")
+    if "package agent_policy" not in guest.root.text(POLICY).splitlines():
+        yield Fault(what="there is no policy of the package agent_policy; an agent built with "
+                         "agent-policy ends without it, and the guest with the agent",
+                    where=POLICY, cure="lay a policy there: Kata's default allows everything")
     init = guest.root.resolve("/sbin/init") or ""
     if not init.endswith("/systemd"):
         return

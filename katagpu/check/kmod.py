@@ -1,4 +1,4 @@
-"""What the checks read from kernel modules, Module.symvers, .config and kmod's indexes.
+"""What the checks read from kernel modules, Module.symvers and kmod's indexes.
 
 Layouts: struct modversion_info and the extended sections from include/linux/module.h and
 kernel/module/version.c, the binary indexes from kmod's libkmod/libkmod-index.c.
@@ -160,13 +160,6 @@ def read_symvers(path: Path) -> Mapping[str, Export]:
         owner = owner if owner == "vmlinux" else canonical(owner)
         exports[name] = Export(crc=int(crc, 16), owner=owner, gpl_only=kind.endswith("_GPL"))
     return exports
-
-
-def read_config(path: Path) -> Mapping[str, str]:
-    """A kernel's .config: symbol without CONFIG_ to value; what is not set is not there."""
-    pairs = (line.partition("=") for line in path.read_text().splitlines()
-             if line.startswith("CONFIG_"))
-    return {name.removeprefix("CONFIG_"): value for name, _, value in pairs}
 
 
 def index_keys(data: bytes) -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
+from katagpu import provenance
 from katagpu.check.context import Guest
 from katagpu.check.facts import Fault, Severity
 from katagpu.check.kmod import Module, canonical
@@ -92,9 +93,9 @@ def symbol_versions(guest: Guest) -> Iterator[Fault]:
 
 
 def build_id(guest: Guest) -> Iterator[Fault]:
-    """The build id recorded beside the modules is that of this kernel.
+    """The build id recorded beside the kernel's own modules is that of this kernel.
 
-    Without MODVERSIONS it is the only thing that binds the modules to one build of the kernel.
+    Without MODVERSIONS it is the only thing that binds them to one build of the kernel.
     """
     for directory in guest.module_directories:
         yield from _build_id(guest, directory)
@@ -114,6 +115,28 @@ def _build_id(guest: Guest, directory: str) -> Iterator[Fault]:
                          "belong together", where=record,
                     cure="enable MODVERSIONS, or record vmlinux's build id when the modules are "
                          "installed")
+
+
+def headers(guest: Guest) -> Iterator[Fault]:
+    """The driver's modules were compiled against the configuration and exports of this kernel.
+
+    The build id comes with the kernel's own modules, and would be the same beside any driver.
+    """
+    if not guest.driver_modules:
+        return
+    where = f"{guest.module_directory}/{provenance.RECORD}"
+    recorded = provenance.read(guest.root.text(where))
+    wanted = provenance.read(provenance.of(guest.facts.kernel_config, guest.facts.symvers))
+    if not recorded and guest.config.get("MODVERSIONS") != "y":
+        yield Fault(what="nothing says which headers the driver's modules were compiled against, "
+                         "and this kernel has no MODVERSIONS to tell", where=where,
+                    cure="record the digests of the headers' settings and Module.symvers when the "
+                         "modules are installed")
+    for name, what in ((provenance.SETTINGS, "configuration"),
+                       (provenance.SYMVERS, provenance.SYMVERS)):
+        if recorded and recorded.get(name) != wanted[name]:
+            yield Fault(what=f"the driver's modules were compiled against another {what} than "
+                             "this kernel's", where=where, cure=REBUILD)
 
 
 def symbols(guest: Guest) -> Iterator[Fault]:

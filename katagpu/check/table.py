@@ -53,6 +53,7 @@ CHECKS = (
     Check(id="module-vermagic", find=modules.vermagic),
     Check(id="module-crc", find=modules.symbol_versions),
     Check(id="module-build-id", find=modules.build_id),
+    Check(id="module-headers", find=modules.headers),
     Check(id="module-symbols", find=modules.symbols),
     Check(id="module-name", find=modules.names),
     Check(id="module-signature", find=modules.signatures),

@@ -18,7 +18,7 @@ from typing import Any
 
 from katagpu import apt, keys, sandbox
 from katagpu.errors import CorruptBlob, StepError
-from katagpu.fetch import Gone, Job, fetch_all
+from katagpu.fetch import SUPERSEDED, Gone, Job, fetch_all
 from katagpu.lock import Deb
 from katagpu.run import Result
 from katagpu.sandbox import Bind, Entry, Root
@@ -27,6 +27,9 @@ from katagpu.tree import EPOCH
 
 Options = Mapping[str, Any]
 CCACHE_SIZE = "2G"  # of each compiler cache, which drops what is more by itself
+RECIPE = "the recipe has its address and its digest: mend them there"
+"""What to do about a download that is not there, or not what was asked for."""
+CCACHE_LOG = "ccache-log"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,16 +109,12 @@ def _unpacked(store: Store, name: str, unpack: Callable[[Path], None]) -> Path:
 Wanted = tuple[str, str, int | None, str]
 """A file to have in the store: its address, SHA-256, size in bytes if known, and what it is."""
 
-KEPT = ("a store that has them supplies them (KATAGPU_STORE), or a mirror that keeps old versions: "
-        "`distribution.mirror` in the recipe, for Debian a day of https://snapshot.debian.org; "
-        "`./doitw lock` takes what the mirror has today")
 
-
-def bring(store: Store, wanted: Sequence[Wanted],
+def bring(store: Store, wanted: Sequence[Wanted], cure: str,
           proxies: Callable[[], Mapping[str, str]] = dict) -> None:
     """Fetch what the store lacks; stages side by side want the same packages.
 
-    All that can be had is had before `Gone` names what cannot.
+    All that can be had is had before `Gone` names what cannot. `cure` is what to do then.
     """
     def missing() -> list[Wanted]:
         return [item for item in wanted if not store.has(item[1], item[2])]
@@ -125,7 +124,7 @@ def bring(store: Store, wanted: Sequence[Wanted],
     gone: list[str] = []
     with store.lock("fetch"), writing(store.root):
         partial = store.root / "partial"
-        jobs = [(Job(url=url, sha256=digest, size=size, what=what), partial / digest)
+        jobs = [(Job(url=url, sha256=digest, size=size, what=what, cure=cure), partial / digest)
                 for url, digest, size, what in missing()]
         while jobs:
             try:
@@ -141,7 +140,7 @@ def bring(store: Store, wanted: Sequence[Wanted],
             store.put(path, job.sha256)
     if gone:
         shown = "\n  ".join(gone[:20]) + (f"\n  and {len(gone) - 20} more" if gone[20:] else "")
-        raise Gone(shown, hint=KEPT)
+        raise Gone(shown, hint=cure)
 
 
 def packages(debs: Iterable[Deb], address: Callable[[Deb], str]) -> list[Wanted]:
@@ -197,14 +196,14 @@ class Build:
         """The packages of a group as verified blobs, fetched where they are missing."""
         debs = self.stage.packages[group]
         if not all(self.store.has(deb.sha256, deb.size) for deb in debs):
-            bring(self.store, packages(debs, self.address), apt.proxies)
+            bring(self.store, packages(debs, self.address), SUPERSEDED, apt.proxies)
         return [self.store.sound(deb.sha256) for deb in debs]
 
-    def download(self, name: str) -> Path:
+    def download(self, name: str, cure: str = RECIPE) -> Path:
         """A downloaded file as a verified blob, fetched where it is missing."""
         url, digest = self.stage.downloads[name]
         assert digest is not None, "a download without a digest is fetched by its stage"
-        bring(self.store, [(url, digest, None, name)])
+        bring(self.store, [(url, digest, None, self.stage.title)], cure)
         return self.store.sound(digest)
 
     def repository(self, group: str, files: Sequence[Path] = ()) -> Path:
@@ -273,13 +272,28 @@ class Build:
         ccache's own check looks at the compiler's time and size, and our times are clamped.
         """
         if not self.ccache:
+            self.facts["ccache"] = {"hits": 0, "misses": 0}
             return [], {"CCACHE_DISABLE": "1"}
         directory = self.store.root / "ccache" / name
         with writing(self.store.root):
             directory.mkdir(parents=True, exist_ok=True)
-        return ([Bind(source=directory, target="/ccache", writable=True)],
+        return ([Bind(source=directory, target="/ccache", writable=True),
+                 Bind(source=self.directory(CCACHE_LOG), target=f"/{CCACHE_LOG}", writable=True)],
                 {"CCACHE_DIR": "/ccache", "CCACHE_COMPILERCHECK": f"string:{compiler}",
-                 "CCACHE_NOHASHDIR": "1", "CCACHE_MAXSIZE": CCACHE_SIZE})
+                 "CCACHE_NOHASHDIR": "1", "CCACHE_MAXSIZE": CCACHE_SIZE,
+                 "CCACHE_STATSLOG": f"/{CCACHE_LOG}/log"})
+
+    def _compilations(self) -> dict[str, Any]:
+        """How many compilations ccache answered, and how many not; nothing where it is silent.
+
+        CCACHE_STATSLOG lists each call's counters by name; ccache before 4.4 has no such log.
+        """
+        try:
+            counters = (self.scratch / CCACHE_LOG / "log").read_text(errors="replace").splitlines()
+        except OSError:
+            return {}
+        hits = sum(line in ("direct_cache_hit", "preprocessed_cache_hit") for line in counters)
+        return {"ccache": {"hits": hits, "misses": counters.count("cache_miss")}}
 
     # outputs
 
@@ -315,4 +329,4 @@ class Build:
         if missing:
             raise StepError(f"{self.stage.name} did not make: {', '.join(sorted(missing))}")
         return Action(stage=self.stage.name, key=dict(key), outputs=self.outputs,
-                      record={**record, **self.facts})
+                      record={**record, **self._compilations(), **self.facts})

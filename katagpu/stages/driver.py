@@ -7,12 +7,14 @@ no change to the root file system compiles them again.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from katagpu import nvconftest, patches
+from katagpu import nvconftest, patches, provenance
 from katagpu.errors import StepError
 from katagpu.lock import Lock
+from katagpu.nvpreflight import require_modules
 from katagpu.run import run
 from katagpu.sandbox import Bind, Root
 from katagpu.schema import Capability, KernelModule, Recipe
@@ -79,20 +81,25 @@ def compile_modules(build: Build, source: Path) -> None:
     headers = build.directory("headers")
     run(["dpkg-deb", "--extract", build.blob("headers"), headers], log=build.log)
     place = f"/usr/src/linux-headers-{release}"
+    layers = [build.tree("build_layer")] if "build_layer" in build.inputs else []
+    require_modules([headers, *layers, build.tree("toolchain")], release, place, build.scratch)
     flavour = KernelModule(build.options["flavour"])
     patch(build, TARGETS[flavour], build.options["version"], headers / place.lstrip("/"), source)
     ccache, env = environment(build, "driver")
-    layers = [build.tree("build_layer")] if "build_layer" in build.inputs else []
     # the driver's own files are in the key of `nvconftest`
     others = (output.identity for name, output in sorted(build.inputs.items()) if name != "run")
     results = build.store.root / "ccache/conftest" / nvconftest.key(source, *others)
-    build.facts["conftest_kept"] = build.ccache and nvconftest.restore(results, source)
+    kept = build.facts["conftest_kept"] = build.ccache and nvconftest.restore(results, source)
     roots = [Root(lower=(*layers, build.tree("toolchain")), upper=build.directory("upper"))]
     binds = [Bind(source=headers / place.lstrip("/"), target=place),
              Bind(source=source, target=DRIVER, writable=True), *ccache]
+    started = time.time()
     build.enter(["make", ARCH, f"-j{jobs()}", f"SYSSRC={place}", f"SYSOUT={place}", "CC=gcc",
                  f"NV_EXCLUDE_KERNEL_MODULES={' '.join(build.options['excluded'])}", "modules"],
                 roots, binds=binds, env=env, cwd=DRIVER)
+    probing = 0.0 if kept else nvconftest.seconds(source, started)
+    build.facts["times"] = {"conftest": round(probing, 1),
+                            "compile": round(time.time() - started - probing, 1)}
     if build.ccache:
         with writing(build.store.root):
             nvconftest.keep(source, results, build.scratch)
@@ -101,14 +108,16 @@ def compile_modules(build: Build, source: Path) -> None:
         raise StepError(f"make succeeded, but there is no nvidia.ko; log: {build.log}")
     build.enter(["strip", "--strip-debug", "--", *(path.name for path in built)], roots,
                 binds=binds, cwd=DRIVER)
-    put(build, built, release)
+    put(build, built, release, headers / place.lstrip("/"))
 
 
-def put(build: Build, built: Sequence[Path], release: str) -> None:
-    """Make stripped modules the output `modules`."""
+def put(build: Build, built: Sequence[Path], release: str, headers: Path) -> None:
+    """Make stripped modules the output `modules`, with the record of the headers' directory."""
     out = build.directory("modules")
-    target = out / "usr/lib/modules" / release / PLACE
+    directory = out / "usr/lib/modules" / release
+    target = directory / PLACE
     target.mkdir(parents=True)
+    (directory / provenance.RECORD).write_text(provenance.record(headers))
     for path in built:
         path.chmod(0o644)
         path.rename(target / path.name)

@@ -11,7 +11,7 @@ import json
 from katagpu import extension, packing
 from katagpu.check.facts import raise_on
 from katagpu.sandbox import Bind, Root
-from katagpu.schema import Compression, Recipe
+from katagpu.schema import Compression, DriverSource, Recipe
 from katagpu.stages import consistency, disks, layers
 from katagpu.stages.api import Build, Ref, Stage
 from katagpu.store import Kind, writing
@@ -30,11 +30,16 @@ def root(recipe: Recipe) -> Stage:
                  module=MODULE, make=make_root,
                  outputs={"tree": Kind.TREE, "report": Kind.FILE},
                  options={"layers": list(driver), "guest": list(guest),
-                          "place": layers.EXTENSION_ROOT,
+                          "place": layers.EXTENSION_ROOT, "whole": _whole(recipe),
                           "driver": layers.driver_facts(recipe),
                           "toolkit": layers.toolkit_mode(recipe), "agent": recipe.agent is not None,
                           "compressor": None if compressor == "none" else compressor},
                  inputs={**driver, **guest, **consistency.INPUTS})
+
+
+def _whole(recipe: Recipe) -> list[str]:
+    """The layers of which every file is on the disk: what a `.run` file's manifest chose."""
+    return ["driver_user"] if recipe.driver.source is DriverSource.RUNFILE else []
 
 
 def make_root(build: Build) -> None:
@@ -45,7 +50,8 @@ def make_root(build: Build) -> None:
     with writing(build.store.root):
         build.facts["harvested"] = build.inside(
             extension.harvest, [merged], out=str(out), release=release,
-            layers=[str(build.tree(name)) for name in build.options["layers"] if name not in BASE])
+            layers=[str(build.tree(name)) for name in build.options["layers"] if name not in BASE],
+            whole=[str(build.tree(name)) for name in build.options["whole"]])
     tools = [Root(lower=layers.stack(build, "guest"), upper=build.directory("tools"))]
     binds = [Bind(source=out, target=PLACE, writable=True)]
     # The links that programs ask for, then the cache; -n makes no cache, and -r sees no other root.

@@ -66,6 +66,15 @@ def kata_config(recipe: Recipe) -> Stage:
                  inputs={"verity": VERITY} if split(recipe) else {})
 
 
+def initrd_config(recipe: Recipe) -> Stage:
+    """The drop-ins for the initrd of the same guest, whatever the recipe's own format is."""
+    return Stage(name="initrd_config", title="Kata configuration drop-ins for the initrd",
+                 module=MODULE, make=make_kata_config,
+                 outputs={"config": Kind.FILE, "config_rs": Kind.FILE},
+                 options={"format": str(ImageFormat.INITRD), "dax": False, "image": INITRD,
+                          "toolkit": toolkit_mode(recipe)})
+
+
 def make_kata_config(build: Build) -> None:
     """Render them."""
     options = build.options

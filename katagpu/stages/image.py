@@ -7,9 +7,14 @@ layers inside the sandbox, and the partition table around it is written here.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from katagpu import filesystem, log, newc, packing
+from katagpu.check import kernelconfig
+from katagpu.check.facts import RootFormat
+from katagpu.errors import StepError
 from katagpu.keys import digest
 from katagpu.sandbox import Root
 from katagpu.schema import Compression, Image, ImageFormat, ImageModel, Recipe
@@ -33,12 +38,18 @@ def image(recipe: Recipe) -> Stage:
 
 
 def initrd(recipe: Recipe) -> Stage:
-    """An initrd of the same guest, whatever the recipe's own format is."""
-    return _stage(recipe, "initrd", "initrd", Image(
-        format=ImageFormat.INITRD, compression=Compression.ZSTD, level=None, dax_header=False))
+    """An initrd of the same guest, whatever the recipe's own format is.
+
+    The checks of the root know that format alone, so this stage looks at the kernel itself.
+    """
+    chosen = Image(format=ImageFormat.INITRD, compression=Compression.ZSTD, level=None,
+                   dax_header=False)
+    return _stage(recipe, "initrd", "initrd", chosen,
+                  {"config": Ref(stage="kernel_config", output="config")})
 
 
-def _stage(recipe: Recipe, name: str, title: str, chosen: Image) -> Stage:
+def _stage(recipe: Recipe, name: str, title: str, chosen: Image,
+           more: Mapping[str, Ref] = MappingProxyType({})) -> Stage:
     layers = {**chain(recipe), "rootfs": Ref(stage="rootfs", output="layer")}
     level = chosen.level if chosen.level is not None else disks.LEVELS[chosen.compression]
     return Stage(name=name, title=title, module=MODULE, make=make_image,
@@ -46,11 +57,13 @@ def _stage(recipe: Recipe, name: str, title: str, chosen: Image) -> Stage:
                  options={"format": str(chosen.format), "compression": str(chosen.compression),
                           "level": level, "dax_header": chosen.dax_header,
                           "layers": list(layers)},
-                 inputs={**layers, "tools": Ref(stage="imagetools", output="root")})
+                 inputs={**layers, **more, "tools": Ref(stage="imagetools", output="root")})
 
 
 def make_image(build: Build) -> None:
     """Pack the merged layers; the identity of what is packed names UUID and disk signature."""
+    if "config" in build.inputs:
+        _must_be_readable(build)
     guest = Root(lower=stack(build), special=False)
     with writing(build.store.root):
         target = pack(build, guest, build.directory("packed"))
@@ -59,6 +72,17 @@ def make_image(build: Build) -> None:
     build.put_file("files", files)
     build.put_bytes("sizes", json.dumps(sizes, indent=1).encode())
     build.put_file("image", target)
+
+
+def _must_be_readable(build: Build) -> None:
+    """Raises `StepError` where the kernel cannot unpack what would be made."""
+    compression = build.options["compression"]
+    faults = list(kernelconfig.unreadable(
+        kernelconfig.read(build.blob("config")), RootFormat(build.options["format"]),
+        None if compression == Compression.NONE else compression))
+    if faults:
+        raise StepError("\n".join(f"{fault.where}: {fault.what}" for fault in faults),
+                        hint=faults[0].cure)
 
 
 def pack(build: Build, guest: Root, out: Path) -> Path:

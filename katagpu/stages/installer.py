@@ -82,6 +82,7 @@ class _Compiler:
         modules = headers / "usr/lib/modules" / request.release
         modules.mkdir(parents=True, exist_ok=True)
         place = f"usr/src/linux-headers-{request.release}"
+        self.headers = headers / place
         if (headers / "lib").is_dir():  # a directory here would hide the guest's link
             shutil.rmtree(headers / "lib")
         (modules / "build").symlink_to(f"/{place}")
@@ -95,7 +96,7 @@ class _Compiler:
         directory = runfile.DIRECTORIES[request.flavour]
         run(["cp", "--recursive", "--preserve=mode,timestamps", "--reflink=auto",
              tree / directory, own / directory], log=build.log)
-        patch(build, TARGETS[request.flavour], request.version, headers / place, own / directory)
+        patch(build, TARGETS[request.flavour], request.version, self.headers, own / directory)
 
 
 def make_user(build: Build) -> None:
@@ -116,8 +117,8 @@ def make_user(build: Build) -> None:
     package = Root(lower=(tree,), upper=own, target=PACKAGE, special=False)
     _run(build, [guest, package], with_compiler, request)
     taken = _take(build, guest, upper, selection)
-    if request.builds:
-        _take_modules(build, guest, upper, request)
+    if with_compiler is not None:
+        _take_modules(build, guest, upper, request, with_compiler.headers)
     build.put_bytes("parts", json.dumps(_parts(tree, selection), indent=1).encode())
     build.put_tree("layer", taken)
 
@@ -223,7 +224,8 @@ def _filelist(tree: Path) -> str | None:
     return path.read_text() if path.exists() else None
 
 
-def _take_modules(build: Build, guest: Root, upper: Path, request: nvinstaller.Request) -> None:
+def _take_modules(build: Build, guest: Root, upper: Path, request: nvinstaller.Request,
+                  headers: Path) -> None:
     """The modules that the installer compiled: stripped, and without those not asked for."""
     # kernel/drivers/video, or video where the guest has no modules of its kernel's
     found = build.inside(harvest.modules, [guest], path=f"/usr/lib/modules/{request.release}")
@@ -244,6 +246,6 @@ def _take_modules(build: Build, guest: Root, upper: Path, request: nvinstaller.R
     _require(build, nvoutcome.judge_modules(expected, vermagic, request.release))
     build.enter(["strip", "--strip-debug", "--", *(path.name for path in built)], tools,
                 binds=binds, cwd=BUILT)
-    put(build, built, request.release)
+    put(build, built, request.release, headers)
 
 

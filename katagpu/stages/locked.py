@@ -30,8 +30,10 @@ def pinned(stages: Sequence[Stage], lock: Lock, root: Path) -> list[Stage]:
     for stage in stages:
         if stage.name == "kernel_source" and stage.network and TARBALL in files:
             stage = _kernel(stage, files)
-        elif stage.name == "driver_package" and stage.network and RUN in files:
-            stage = _run(stage, files[RUN])
+        elif stage.name == "driver_package" and "run" in stage.downloads and RUN in files:
+            url, digest = stage.downloads["run"]  # none: the recipe's address is a newer one
+            stage = dataclasses.replace(stage, downloads={
+                "run": (url, digest or files[RUN].sha256)})
         elif stage.name == "toolkit_source" and modules:
             stage = dataclasses.replace(stage, module=MODULE, make=make_modules,
                                         options={**stage.options, "sums": dict(modules)})
@@ -72,14 +74,6 @@ def make_kernel(build: Build) -> None:
         path.write_bytes(build.download(name).read_bytes())
     build.facts["signed_by"] = kernelorg.verify(tarball, signature, pins)
     build.put_file("tarball", tarball)
-
-
-def _run(stage: Stage, file: File) -> Stage:
-    options = dict(stage.options)
-    urls = options.pop("urls", [])
-    url = urls[0] if len(urls) == 1 else file.url or ""
-    return dataclasses.replace(stage, network=False, downloads={"run": (url, file.sha256)},
-                               options={**options, "sha256": file.sha256})
 
 
 # Go modules

@@ -11,21 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from katagpu import keys, log, nvbranches, patches, runfile, vgpu
-from katagpu.download import Gone
+from katagpu import driverfile, keys, log, nvbranches, patches, runfile, vgpu
 from katagpu.errors import UserError
-from katagpu.fetch import Job, fetch_all
 from katagpu.lock import Lock
 from katagpu.schema import KernelModule, Recipe
-from katagpu.stages.api import Build, Stage
+from katagpu.stages.api import RECIPE, Build, Stage
 from katagpu.stages.driver import TARGETS
 from katagpu.store import Kind, writing
 
 MODULE = "stages.package"
-# Where NVIDIA keeps drivers by version: for workstations, and for data centres.
-DOWNLOADS = tuple(
-    f"https://us.download.nvidia.com/{area}/{{version}}/NVIDIA-Linux-x86_64-{{version}}.run"
-    for area in ("XFree86/Linux-x86_64", "tesla"))
 
 
 def package(recipe: Recipe, lock: Lock, root: Path) -> Stage:
@@ -47,35 +41,30 @@ def package(recipe: Recipe, lock: Lock, root: Path) -> Stage:
                                "capabilities": sorted(str(name) for name in given.capabilities)}
     files: dict[str, Path] = {}
     downloads: Mapping[str, tuple[str, str | None]] = {}
-    network = False
     if given.file is not None:
         files["run"] = root / given.file.replace("{version}", version)
     elif given.url is not None and given.sha256 is not None:
         downloads = {"run": (given.url.replace("{version}", version), given.sha256)}
-    else:
-        network = True
-        patterns = DOWNLOADS if given.url is None else (given.url,)
-        options["urls"] = [pattern.replace("{version}", version) for pattern in patterns]
+    else:  # before there is a lock, the first address stands for the file
+        pinned = driverfile.pinned(recipe, lock.downloads)
+        url = next(iter(pinned), driverfile.addresses(recipe)[0])
+        downloads = {"run": (url, pinned.get(url))}
     return Stage(name="driver_package", title=f"NVIDIA driver {version} (.run)", module=MODULE,
                  make=make_package, outputs={"run": Kind.FILE, "about": Kind.FILE},
-                 options=options, files=files, downloads=downloads, network=network)
+                 options=options, files=files, downloads=downloads)
 
 
 def make_package(build: Build) -> None:
     """Get the file, verify it, and read its manifest."""
     path = build.directory("run") / "driver.run"
     with writing(build.store.root):
-        if "run" in build.stage.files:
-            shutil.copyfile(build.file("run"), path)
-        elif "run" in build.stage.downloads:
-            shutil.copyfile(build.download("run"), path)
-        else:
-            _fetch(build, path)
+        given, wanted = "run" in build.stage.files, build.options["sha256"]
+        cure = RECIPE if wanted else "`./doitw lock` takes the file that is there now"
+        shutil.copyfile(build.file("run") if given else build.download("run", cure), path)
     digest = keys.file_digest(path)
-    wanted = build.options["sha256"]
-    if wanted is None:
+    if wanted is None and given:
         log.note(f"driver_package: no sha256 in the recipe; this file's is {digest}")
-    elif digest != wanted:
+    elif wanted not in {None, digest}:
         raise UserError(f"the driver's file has the SHA-256 {digest}, the recipe's is {wanted}",
                         hint="get the file again; if NVIDIA's page shows this digest, mend the "
                              "recipe")
@@ -95,19 +84,3 @@ def make_package(build: Build) -> None:
     build.facts.update({"sha256": digest, **about})
     build.put_bytes("about", json.dumps(about, indent=1, sort_keys=True).encode())
     build.put_file("run", path)
-
-
-def _fetch(build: Build, path: Path) -> None:
-    """Fetch from the first address that has the file."""
-    urls = build.options["urls"]
-    for number, url in enumerate(urls, 1):
-        job = Job(url=url, what=f"NVIDIA driver {build.options['version']}")
-        partial = build.store.root / "partial" / keys.digest(url)
-        try:
-            fetch_all([(job, partial)])
-        except Gone:
-            if number == len(urls):
-                raise
-            continue
-        partial.replace(path)
-        return

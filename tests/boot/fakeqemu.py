@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.boot.fakeguest import FakeGuest, FakeMonitor, Request
 
-ANSWERS = 3  # of a guest that ends in the middle
+ANSWERS = 2  # of a guest that ends in the middle
 FILES: dict[str, str | bytes | int] = {
     "/proc/uptime": "12.5 20.0\n",
     "/proc/meminfo": "MemTotal: 2048000 kB\nMemAvailable: 1024000 kB\n"}
@@ -61,8 +61,9 @@ def main() -> None:
     FakeMonitor(paths["monitor"])
     guest = KINDS.get(what, FakeGuest)(paths["probe"], ready=what != "hangs")
     guest.tables.files |= FILES
-    guest.tables.programs |= {"is-active": "active\n", "uname -r": "6.12.117-nvidia-gpu\n",
-                              "uname -v": "#1 SMP\n", "--failed": ""}
+    guest.tables.programs |= {
+        "systemctl show": "ActiveState=active\nActiveEnterTimestampMonotonic=5000000\n",
+        "uname -r": "6.12.117-nvidia-gpu\n", "uname -v": "#1 SMP\n", "--failed": ""}
     time.sleep(60)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gzip
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from katagpu import provenance
 from katagpu.boot import gpus, session
 from katagpu.boot.channel import Channel
 from katagpu.boot.facts import Failed, Skipped
@@ -134,6 +136,20 @@ def test_vermagic(made: Scripted) -> None:
     made.tables.programs["modinfo"] = (1, "", "modinfo: ERROR: Module nvidia not found.\n")
     assert failed(gpus.vermagic, made.session, "magic 'none'").lines == [
         "modinfo: ERROR: Module nvidia not found."]
+
+
+def test_compiled_against(made: Scripted) -> None:
+    files, place = made.tables.files, f"/lib/modules/{RELEASE}/driver-headers"
+    with pytest.raises(Skipped, match="IKCONFIG"):
+        gpus.compiled_against(made.session)
+    files["/proc/config.gz"] = gzip.compress(b'# Linux\nCONFIG_B=y\nCONFIG_A="x"\n')
+    digest = provenance.settings("CONFIG_A=x\nCONFIG_B=y\n")
+    files[place] = f"{digest}  settings\n{'0' * 64}  Module.symvers\n"
+    assert gpus.compiled_against(made.session) == [f"settings {digest}"]
+    files[place] = f"{'1' * 64}  settings\n"
+    assert "1" * 64 in failed(gpus.compiled_against, made.session, "another config").lines[0]
+    files[place] = errno.ENOENT
+    assert "nobody knows" in failed(gpus.compiled_against, made.session, "another").lines[0]
 
 
 @pytest.mark.parametrize(("loaded", "named", "files", "passes"), [

@@ -32,16 +32,17 @@ def failed(check: Callable[[Session], list[str]], session: Session, words: str) 
 
 def test_ready(scripted: Make) -> None:
     with_target = scripted()
-    answers = iter(["activating\n", "active\n"])
-    with_target.tables.programs["is-active"] = lambda _asked: (0, next(answers), "")
+    answers = iter(["ActiveState=activating\nActiveEnterTimestampMonotonic=0\n",
+                    "ActiveState=active\nActiveEnterTimestampMonotonic=12340123\n"])
+    with_target.tables.programs["systemctl show"] = lambda _asked: (0, next(answers), "")
     assert system.ready(with_target.session) == [
         "kata-containers.target reached 12.3 s after the kernel's start"]
-    assert with_target.session.ready_at == 12.34
+    assert with_target.session.ready_at == 12.340123
 
 
 def test_a_target_that_is_never_reached(scripted: Make) -> None:
     found = scripted()
-    found.tables.programs |= {"is-active": (3, "inactive\n", ""),
+    found.tables.programs |= {"systemctl show": "ActiveState=inactive\n",
                               "list-jobs": "42 dev-vdz.device start running\n"}
     refusal = failed(system.ready, found.session, "was not reached within 0 s")
     assert refusal.lines == ["42 dev-vdz.device start running"]
@@ -152,16 +153,20 @@ def test_units(scripted: Make) -> None:
 
 @pytest.mark.parametrize(("said", "words"), [
     ("count 812\n", None),
-    ("/usr/bin/a: \tlibx.so.1 => not found\n\tliby.so => not found\ncount 3\n", "2 libraries"),
+    ("\tlibx.so.1 => not found\n\tliby.so => not found\n\tliby.so => not found\ncount 3\n",
+     "2 libraries"),
     ("count 0\n", "no program"), ("", "no program")])
 def test_libraries(scripted: Make, said: str, words: str | None) -> None:
     found = scripted(extension=PLACE)
-    found.tables.programs["ld-linux-x86-64.so.2 --list"] = said
+    found.tables.programs |= {"while read": "needed by /usr/bin/a\n",
+                              "ld-linux-x86-64.so.2 --list": said}
     if words is None:
         assert system.libraries(found.session) == ["812 programs and libraries, all resolved"]
     else:
-        failed(system.libraries, found.session, words)
-    script = found.guest.ran()[-1]
+        refusal = failed(system.libraries, found.session, words)
+        assert "libx" not in said or refusal.lines == [
+            "libx.so.1 => not found", "liby.so => not found", "needed by /usr/bin/a"]
+    script = found.guest.ran()[0]
     assert f"find / {PLACE} -xdev" in script and f"LD_LIBRARY_PATH={PLACE}/usr/lib" in script
 
 

@@ -152,6 +152,9 @@ def test_a_disk_of_another_kernel_s_build(both: Toy) -> None:
                 if finding.check == "module-build-id"]
     assert [finding.where for finding in findings] == [
         f"/{EXTENSION}/lib/modules/{RELEASE}/kernel-build-id"]
+    (disk(both) / f"lib/modules/{RELEASE}/driver-headers").write_text("0  settings\n")
+    assert {finding.where for finding in both.find() if finding.check == "module-headers"} == {
+        f"/{EXTENSION}/lib/modules/{RELEASE}/driver-headers"}
     other = disk(both) / "lib/modules/9.9-other"
     other.mkdir()
     assert "module-other-kernel" in both.ids()

@@ -58,11 +58,21 @@ def test_programs_of_the_agent(toy: Toy, path: str) -> None:
 
 @pytest.mark.parametrize("path", [
     "usr/bin/kata-agent", f"{UNITS}/kata-agent.service", f"{UNITS}/kata-containers.target",
-    f"{UNITS}/tmp.mount", "etc/systemd/system/basic.target.wants/kata-containers.target"])
+    f"{UNITS}/tmp.mount", "etc/systemd/system/basic.target.wants/kata-containers.target",
+    "etc/kata-opa/default-policy.rego"])
 def test_agent(toy: Toy, path: str) -> None:
     (toy.root / path).unlink()
     assert "guest-agent" in toy.ids()
     assert toy.ids(agent=False) == set()
+
+
+def test_a_policy_of_another_package(toy: Toy) -> None:
+    policy = toy.root / "etc/kata-opa/default-policy.rego"
+    policy.rename(policy.with_name("allow-all.rego"))
+    policy.symlink_to("allow-all.rego")
+    assert toy.ids() == set()
+    policy.write_text("# package agent_policy\npackage policy\n")
+    assert toy.ids() == {"guest-agent"}
 
 
 def test_a_unit_that_starts_nothing(toy: Toy) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from katagpu import provenance
 from katagpu.check import Finding, Severity
 from katagpu.check.elf import Damaged
 from katagpu.check.kmod import SIGNATURE, index_keys, read_module
@@ -62,17 +63,63 @@ def test_no_versions_at_all_and_one_missing(toy: Toy) -> None:
     assert "_printk" in finding.what
 
 
-def test_without_modversions_the_build_id_binds(toy: Toy) -> None:
+def without_modversions(toy: Toy) -> None:
+    """Take MODVERSIONS out of the kernel and out of the modules."""
     config = toy.facts.kernel_config
     config.write_text(config.read_text().replace("CONFIG_MODVERSIONS=y\n", ""))
     for toy_module in (NVIDIA, UVM):
         plain = toy_module.vermagic.replace("modversions ", "")
         toy.module(replace(toy_module, vermagic=plain, versions=None))
+
+
+def record_headers(toy: Toy) -> Path:
+    """The record of this kernel's headers, beside the driver's modules."""
+    place = toy.root / MODULES / "driver-headers"
+    place.write_text(provenance.of(toy.facts.kernel_config, toy.facts.symvers))
+    return place
+
+
+def test_without_modversions_the_build_id_binds(toy: Toy) -> None:
+    without_modversions(toy)
+    record_headers(toy)
     assert toy.ids(kernel_build_id="ab12") == {"module-build-id"}
     record = toy.root / MODULES / "kernel-build-id"
     record.write_text("ab12\n")
     assert toy.ids(kernel_build_id="ab12") == set()
     assert toy.ids(kernel_build_id="cd34") == {"module-build-id"}
+
+
+def test_a_driver_compiled_for_another_configuration_of_the_same_release(toy: Toy) -> None:
+    without_modversions(toy)
+    (toy.root / MODULES / "kernel-build-id").write_text("ab12\n")
+    own = {"kernel_build_id": "ab12"}
+    assert toy.ids(**own) == {"module-headers"}  # nothing is recorded
+    record = record_headers(toy)
+    assert toy.ids(**own) == set()
+    record.write_text("of another form\n")
+    assert toy.ids(**own) == {"module-headers"}
+    record_headers(toy)
+    toy.configure("CONFIG_NUMA=y")  # the image's kernel is another one
+    [finding] = toy.find(**own)
+    assert finding.check == "module-headers" and "another configuration" in finding.what
+    assert finding.where == f"/lib/modules/{RELEASE}/driver-headers"
+
+
+def test_a_driver_compiled_for_a_kernel_with_other_exports(toy: Toy) -> None:
+    record_headers(toy)
+    assert toy.ids() == set()
+    with toy.facts.symvers.open("a") as stream:
+        stream.write("0x00000001\tmore\tvmlinux\tEXPORT_SYMBOL\t\n")
+    [finding] = toy.find()
+    assert finding.check == "module-headers" and "another Module.symvers" in finding.what
+
+
+def test_a_guest_without_driver_needs_no_record_of_one(toy: Toy) -> None:
+    without_modversions(toy)
+    (toy.root / MODULES / "kernel-build-id").write_text("ab12\n")
+    for path in (toy.root / MODULES / "updates").iterdir():
+        path.unlink()
+    assert "module-headers" not in toy.ids(kernel_build_id="ab12", driver=None)
 
 
 def test_a_symbol_that_nothing_exports(toy: Toy) -> None:

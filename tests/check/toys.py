@@ -253,6 +253,8 @@ def _units(root: Path) -> None:
     (units / "tmp.mount").write_text("[Mount]\nWhat=tmpfs\n")
     (units / "nvidia-cdi.service").write_text(
         "[Service]\nExecStart=/usr/bin/nvidia-ctk cdi generate --output=/run/cdi/x\n")
+    (root / "etc/kata-opa").mkdir()
+    (root / "etc/kata-opa/default-policy.rego").write_text("package agent_policy\n")
     (root / "etc/systemd/system/basic.target.wants/kata-containers.target").symlink_to(
         "/usr/lib/systemd/system/kata-containers.target")
 

@@ -39,7 +39,7 @@ def guest(context: Context) -> Iterator[tuple[Build, Root]]:
         yield build, Root(lower=layers.stack(build), upper=build.directory("guest"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def guest_build(guest: tuple[Build, Root]) -> Build:
     """The build handle alone."""
     return guest[0]

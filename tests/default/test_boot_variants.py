@@ -25,7 +25,7 @@ from tests import bootguest
 from tests.splitguest import Split
 
 pytestmark = pytest.mark.slow
-ALONE = {"agent-runs", "agent-answers", "agent-details", "hook", "config"}
+ALONE = {"agent-runs", "agent-answers", "agent-details", "hook"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def test_an_agent_is_called_over_vsock(booting: Booting) -> None:
                    env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false"})
     report = booting.check("agent", agent=Agent(file=str(agent)))
     assert bootguest.failed(report) == {}
-    assert bootguest.skipped(report) == {"hook", "config", "verity", "extension"}
+    assert bootguest.skipped(report) == {"hook", "verity", "extension"}
     assert "SERVING" in evidence(report, "agent-answers")
     assert "3.99.0-toy" in evidence(report, "agent-details")
 

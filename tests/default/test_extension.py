@@ -72,7 +72,8 @@ def test_each_file_is_on_its_own_disk(split: Split) -> None:
             f"lib/firmware/nvidia/{version}/gsp_ga10x.bin",
             f"lib/modules/{release}/kernel/drivers/video/nvidia.ko",
             f"lib/modules/{release}/modules.dep.bin",
-            f"lib/modules/{release}/kernel-build-id"} <= on_disk
+            f"lib/modules/{release}/kernel-build-id",
+            f"lib/modules/{release}/driver-headers"} <= on_disk
     assert not [name for name in on_disk if re.search(r"libc\.so|systemd|dpkg", name)]
     in_base = {str(path.relative_to(base)) for path in base.rglob("*")}
     assert {"usr/sbin/veritysetup", "usr/libexec/kata-extension-mount.sh",

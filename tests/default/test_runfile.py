@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 INSTALLER = Path(maker.__file__).with_name("nvidia-installer")
 NEW, OLD = "550.163.01", "535.261.03"
 LIBRARIES = "usr/lib/x86_64-linux-gnu"
+MODULES = {"nvidia.ko", "nvidia-uvm.ko", "driver-headers"}
 
 
 @pytest.fixture(scope="session")
@@ -89,11 +90,22 @@ def test_a_driver_bump_compiles_the_driver_alone(
     assert set(second.stages) - driver <= made(second), "nothing but the driver is made again"
     second.ensure("image")
     modules = files(context, second.ensure("driver_modules"), "modules")
-    assert {Path(name).name for name in modules} == {"nvidia.ko", "nvidia-uvm.ko"}
+    assert {Path(name).name for name in modules} == MODULES
 
     again = planned(context, wanted(context, runs), tmp_path)
     assert {"driver_package", "driver_modules", "driver_user", "rootfs", "image"} <= made(again)
     assert again.ensure("image") == first.ensure("image")
+
+
+def test_the_real_modules_are_the_same_when_they_are_compiled_again(
+        context: Context, runs: Path, tmp_path: Path) -> None:
+    """With the compiler's cache off; what the store has may have come out of it."""
+    plan = planned(context, wanted(context, runs), tmp_path)
+    made = plan.ensure("driver_modules")
+    again = Plan(plan.stages, context.store, tmp_path / "again", ccache=False)
+    key = again.key("driver_modules")
+    assert key is not None
+    assert again._make("driver_modules", key, "compared").outputs == made.outputs
 
 
 def test_what_ships_is_of_the_capabilities(context: Context, runs: Path, tmp_path: Path) -> None:
@@ -142,8 +154,7 @@ def test_the_installer_compiles_the_modules_itself(context: Context, built: Plan
     built.ensure("rootfs")  # with all consistency checks
     action = built.ensure("driver_user")
     assert "driver_modules" not in built.stages
-    assert {Path(name).name for name in files(context, action, "modules")} == {
-        "nvidia.ko", "nvidia-uvm.ko"}
+    assert {Path(name).name for name in files(context, action, "modules")} == MODULES
     layer = files(context, action, "layer")
     assert not [name for name in layer if "gcc" in name or "headers" in name or ".ko" in name]
 
@@ -164,6 +175,7 @@ def refused(plan: Plan, stage: str) -> KatagpuError:
 
 @pytest.mark.parametrize(("misbehaviour", "what"), [
     ("nothing", "log breaks off"), ("no-markers", "log breaks off"),
+    ("markers-only", "did not install"),
     ("errors", "in spite of errors"), ("sigbus", "disk was full"),
 ])
 def test_status_0_is_no_proof(context: Context, tmp_path: Path, misbehaviour: str,

@@ -1,0 +1,1 @@
+int toy_resize(int from, int to);
