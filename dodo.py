@@ -1,11 +1,12 @@
 """The tasks. `doit list` shows them; parameters are `recipe=NAME driver=VERSION`."""
 
-from katagpu import tasks
+from katagpu import locktasks, tasks
 
 DOIT_CONFIG = tasks.config()
 task_stages = tasks.stage_tasks
 task_setup = tasks.setup
-task_lock = tasks.lock
+task_lock = locktasks.lock
+task_fetch = locktasks.fetch
 task_why = tasks.why
 task_diff = tasks.diff
 task_cache = tasks.cache

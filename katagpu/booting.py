@@ -13,6 +13,7 @@ from katagpu import artifacts, guest, log, sandbox
 from katagpu.artifacts import Artifact, Outcome
 from katagpu.emulator import EmulatorLock
 from katagpu.errors import UserError
+from katagpu.locks import Locks
 from katagpu.plan import Plan
 from katagpu.schema import Recipe
 from katagpu.stages.api import Build, Stage, unpacked_tree
@@ -37,6 +38,10 @@ class Run(Protocol):
         """Where the results are."""
 
     @property
+    def locks(self) -> Locks:
+        """Where the guest's lock is."""
+
+    @property
     def plan(self) -> Plan:
         """The plan of the guest."""
 
@@ -54,7 +59,8 @@ class Booting:
     @functools.cached_property
     def lock(self) -> EmulatorLock:
         """The lock of QEMU of the pipeline's own: under out/, for all drivers of the recipe."""
-        return EmulatorLock(self.run.recipe, self.run.root, self.run.directory.parent)
+        return EmulatorLock(self.run.recipe, self.run.root, self.run.directory.parent,
+                            self.run.locks.committed.lock)
 
     @functools.cached_property
     def plan(self) -> Plan:

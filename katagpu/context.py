@@ -8,9 +8,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from katagpu import artifacts, embed, guest, lock, log, receipt, recipe, request
+from katagpu import artifacts, embed, guest, lock, lockparts, log, receipt, recipe, request
 from katagpu.artifacts import Artifact, Outcome
 from katagpu.booting import Booting
+from katagpu.committed import Committed
 from katagpu.errors import CorruptBlob, KatagpuError, UserError
 from katagpu.locks import Locks
 from katagpu.plan import Plan
@@ -20,7 +21,7 @@ from katagpu.stages.api import Stage
 from katagpu.store import Store, default_root, writing
 
 DEFAULT = "debian-trixie"
-PARAMETERS = ("recipe", "driver", "all", "json", "ccache")
+PARAMETERS = ("recipe", "driver", "all", "json", "ccache", "update", "draft")
 
 
 class Context:
@@ -51,6 +52,19 @@ class Context:
                            extra_packages=self.environment.get("EXTRA_PKGS", "").split())
 
     @functools.cached_property
+    def plain(self) -> Recipe:
+        """The recipe as it is in its file, which is what a committed lock answers."""
+        if "driver" not in self.values and not self.environment.get("EXTRA_PKGS"):
+            return self.recipe
+        return recipe.load(self.values.get("recipe", DEFAULT), self.root,
+                           cache=self.store.root / "recipes")
+
+    @property
+    def other(self) -> bool:
+        """Is this another guest than the recipe's own: of another driver, or with EXTRA_PKGS?"""
+        return self.recipe != self.plain
+
+    @functools.cached_property
     def directory(self) -> Path:
         """Where this guest's results go."""
         return self.root / "out" / self.recipe.name / (self.recipe.driver.version or "no-driver")
@@ -59,7 +73,8 @@ class Context:
     def locks(self) -> Locks:
         """Where the lock of this run is: under out/, never a silent edit of a committed one."""
         return Locks(self.recipe, self.root, self.directory,
-                     self.environment.get("EXTRA_PKGS", "").split())
+                     self.environment.get("EXTRA_PKGS", "").split(),
+                     Committed(self.plain, self.root))
 
     @functools.cached_property
     def _locked(self) -> lock.Lock | None:
@@ -87,7 +102,8 @@ class Context:
                 return
             with log.step(f"lock: resolve {self.recipe.name}'s packages"):
                 self.locks.make(apt, anew=anew)
-        log.note(f"lock: {self.locks}; ./doitw lock resolves anew")
+        log.note(f"lock: {self.locks}; ./doitw lock draft=1 resolves anew, ./doitw lock makes "
+                 f"{self.locks.committed}, to be committed")
 
     def forget(self) -> None:
         """Read the lock anew from here on."""
@@ -100,8 +116,14 @@ class Context:
         return guest.stages(self.recipe, request.outline(self.recipe, self.root), self.root)
 
     def sketch(self) -> Mapping[str, Stage]:
-        """The stages by name; before there is a lock, without their packages."""
-        return self.outline if self.locked() is None else self.plan.stages
+        """The stages by name; before there is a lock that holds, without their packages.
+
+        What is wrong with a lock is said by the task that needs it.
+        """
+        try:
+            return self.outline if self.locked() is None else self.plan.stages
+        except UserError:
+            return self.outline
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -111,13 +133,28 @@ class Context:
             raise self.refused or UserError("this recipe is not resolved yet", hint="./doitw lock")
         return self.planned(guest.stages(self.recipe, found, self.root))
 
-    def planned(self, stages: Mapping[str, Stage]) -> Plan:
-        """A plan of these stages; the files that they name count as read."""
+    def planned(self, stages: Mapping[str, Stage], found: lock.Lock | None = None) -> Plan:
+        """A plan of these stages; the files that they name count as read.
+
+        `found` is the lock that names their packages, where it is not this run's.
+        """
         for stage in stages.values():
             for path in stage.files.values():
                 self._marks.setdefault(str(path), receipt.mark(path))
         return Plan(stages, self.store, self.directory / "logs",
-                    ccache=self.values.get("ccache", "1") != "0")
+                    ccache=self.values.get("ccache", "1") != "0",
+                    address=functools.partial(self.address, found or self.locked()))
+
+    @functools.cached_property
+    def _here(self) -> Mapping[str, str]:
+        return lockparts.here(self.recipe, self.root)
+
+    def address(self, found: lock.Lock | None, deb: lock.Deb) -> str:
+        """Where this host has a package: a committed lock knows its public address only."""
+        origin = None if found is None else found.pins.archives.get(deb.archive)
+        if origin is None or not deb.url.startswith(f"{origin}/"):
+            return deb.url
+        return self._here.get(deb.archive, origin) + deb.url.removeprefix(origin)
 
     @functools.cached_property
     def booting(self) -> Booting:

@@ -32,8 +32,10 @@ RETRY_AFTER_LIMIT = 30.0  # seconds
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 
-SUPERSEDED = ("mirrors drop or replace a file when a newer version supersedes it; `./doitw lock` "
-              "takes the newer one")
+SUPERSEDED = ("mirrors drop or replace a file when a newer version supersedes it: a store that has "
+              "it supplies it (KATAGPU_STORE), or a mirror that keeps old versions "
+              "(`distribution.mirror` in the recipe; for Debian, a day of "
+              "https://snapshot.debian.org); `./doitw lock` takes the newer one")
 """What to do where the mirror has not a package that the lock names, or another one."""
 
 

@@ -8,6 +8,7 @@ whatever happens here. The lock is one for all drivers of a recipe.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from msgspec import to_builtins
@@ -44,9 +45,14 @@ def archives(recipe: Recipe, root: Path) -> tuple[Archive, ...]:
 
 
 class EmulatorLock:
-    """The lock of a recipe's emulator, in a file below `directory` (that of all its drivers)."""
+    """The lock of a recipe's emulator, in a file below `directory` (that of all its drivers).
 
-    def __init__(self, recipe: Recipe, root: Path, directory: Path) -> None:
+    `committed` gives the recipe's committed lock, which has it where there is one.
+    """
+
+    def __init__(self, recipe: Recipe, root: Path, directory: Path,
+                 committed: Callable[[], Lock | None] = lambda: None) -> None:
+        self.committed = committed
         self.recipe = recipe
         self.root = root
         self.path = directory / FILE
@@ -58,25 +64,32 @@ class EmulatorLock:
 
     def find(self) -> Lock | None:
         """The lock, when it answers what is asked for."""
+        kept = self.committed()
+        if kept is not None and kept.group(GROUP):
+            return kept
         found = lock.read(self.path)
         return found if found is not None and found.request == self.identity() else None
 
     def make(self, apt: Path) -> None:
-        """Resolve the packages now; `apt` is the directory for apt's lists. Needs the network.
+        """Resolve the packages now, and write the file; `apt` is the directory for apt's lists.
 
-        Raises `UserError` where the archives do not have them; the file stays as it was.
+        Needs the network. Raises `UserError` where the archives do not have them; the file stays as
+        it was.
         """
+        lock.write(self.resolve(apt), self.path)
+
+    def resolve(self, apt: Path) -> Lock:
+        """Resolve the packages now. Raises `UserError` where the archives do not have them."""
         found = archives(self.recipe, self.root)
         request.must_have_keyrings(found)
         wanted = Request(recipe=self.recipe.name, identity=self.identity(),
                          architecture=request.ARCHITECTURE, archives={ARCHIVES: found},
                          groups={GROUP: Group(packages=PACKAGES, archives=ARCHIVES)})
         try:
-            made = resolve.resolve(wanted, apt)
+            return resolve.resolve(wanted, apt)
         except UserError as refusal:
             raise UserError(f"QEMU of {found[-1].suites[0]} cannot be had: {refusal.what}",
                             hint=refusal.hint) from None
-        lock.write(made, self.path)
 
     def __str__(self) -> str:
         return os.path.relpath(self.path)

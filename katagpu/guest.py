@@ -18,6 +18,7 @@ from katagpu.stages import (
     installer,
     kernel,
     layers,
+    locked,
     package,
     rootfs,
     roots,
@@ -58,6 +59,7 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
         found.append(rootfs.agent_stage(recipe, root))
     found += [*_images(recipe, lock, root), final.kata_config(recipe),
               final.manifest(recipe, lock, root)]
+    found = locked.pinned(found, lock, root)
     for stage in found:
         keys.code(stage.module)  # now: a key names the code that is loaded, not a later edit
     return {stage.name: stage for stage in found}

@@ -18,8 +18,12 @@ FORMAT = 1
 GUEST = "guest"  # the archives of the guest's distribution
 
 
-class Deb(msgspec.Struct, frozen=True, kw_only=True):
-    """One binary package; `size` in bytes."""
+class Deb(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One binary package; `size` in bytes.
+
+    `url` is where this host has it. Of a committed lock it is below the public address of the
+    archive that `archive` names (`Pins`).
+    """
 
     package: str
     version: str
@@ -27,6 +31,32 @@ class Deb(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     size: int
     sha256: str
+    archive: str = ""
+
+
+class File(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A file that is no package: of a public address, or of a path as the recipe has it.
+
+    `signer` is the fingerprint of the key that its signature is good with; `size` in bytes.
+    """
+
+    sha256: str
+    size: int
+    url: str | None = None
+    path: str | None = None
+    signer: str | None = None
+
+
+class Pins(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What only a committed lock has.
+
+    `archives` are public addresses by the names in `Deb.archive`, `files` by `part/name`, `modules`
+    Go's sums as in go.sum.
+    """
+
+    archives: dict[str, str] = {}
+    files: dict[str, File] = {}
+    modules: dict[str, str] = {}
 
 
 class Lock(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +69,7 @@ class Lock(msgspec.Struct, frozen=True, kw_only=True):
     request: str
     groups: dict[str, tuple[Deb, ...]]
     downloads: dict[str, str] = {}
+    pins: Pins = Pins()
     format: int = FORMAT
 
     def group(self, name: str) -> tuple[Deb, ...]:

@@ -4,6 +4,9 @@ Beside each driver's results lies its whole lock. `resolved.json` above them hol
 packages that was resolved for the recipe, by what was asked for: a lock that is made takes from it,
 so guests with other drivers, or with EXTRA_PKGS, stand on the same packages, whenever they are
 built.
+
+Where the recipe has a committed lock, that is the lock of its own guest, and what other guests, and
+EXTRA_PKGS, stand on.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from katagpu import driverfile, keys, lock, recipe, request, resolve
+from katagpu import driverfile, keys, lock, lockfile, recipe, request, resolve
+from katagpu.committed import Committed
 from katagpu.errors import UserError
 from katagpu.lock import Known, Lock, Resolved
 from katagpu.schema import Recipe
@@ -28,19 +32,34 @@ class Locks:
     Packages of one run (`extra`, from EXTRA_PKGS) have a lock of their own beside the recipe's.
     """
 
-    def __init__(self, wanted: Recipe, root: Path, directory: Path, extra: list[str]) -> None:
+    def __init__(self, wanted: Recipe, root: Path, directory: Path, extra: list[str],
+                 committed: Committed) -> None:
         self.recipe = wanted
+        self.committed = committed
         self.root = root
         more = f"-{keys.digest(sorted(extra))[:12]}" if extra else ""
         self.path = directory / f"lock{more}.json"
-        self.shared = directory.parent / SHARED
+        self._shared = directory.parent / SHARED
+
+    @property
+    def shared(self) -> Path:
+        """What was resolved for the recipe; on a committed lock there is one for each."""
+        found = self.committed.read()
+        return self._shared if found is None else self._shared.with_name(
+            f"resolved-{lockfile.digest(found)[:12]}.json")
 
     def files(self) -> list[Path]:
-        """What an answer is read from."""
+        """What an answer is read from; a committed lock is among the recipes."""
         return [self.path, self.shared]
 
     def find(self) -> Lock | None:
-        """The lock, when it answers what the recipe asks for, as the recipe's other guests do."""
+        """The lock, when it answers what the recipe asks for, as the recipe's other guests do.
+
+        Raises `UserError` for a committed one that does not.
+        """
+        kept = self.committed.lock()
+        if kept is not None and self.committed.covers(self.recipe):
+            return kept
         found = lock.read(self.path)
         if found is None or found.request != request.identity(self.recipe, self.root):
             return None
@@ -48,10 +67,10 @@ class Locks:
                 and not driverfile.pinned(self.recipe, found.downloads):
             return None
         shared = lock.read_resolved(self.shared)
-        known = {} if shared is None else shared.groups
+        known = {**({} if shared is None else shared.groups), **self.committed.known()}
         fits = all(known[asked].debs == found.group(name)
                    for name, asked in self.asked().items() if asked in known)
-        return found if fits else None
+        return replace(found, pins=self.committed.pins(self.recipe)) if fits else None
 
     def make(self, apt: Path, *, anew: bool, shared: bool = False) -> None:
         """Resolve what is not known, and write the lock; `anew`: nothing is, but what is `shared`.
@@ -59,7 +78,9 @@ class Locks:
         `apt` is the store's directory for apt's lists. Needs the network where something is
         resolved. What was written before stays where that fails.
         """
-        known = {} if anew and not shared else self._known()
+        if self.committed.covers(self.recipe):
+            return
+        known = self._known(anew=anew and not shared)
         before = None if anew else lock.read(self.path)
         found = resolve.resolve(request.request(self.recipe, self.root), apt, known)
         lock.write(Resolved(groups=known), self.shared)
@@ -69,7 +90,7 @@ class Locks:
 
     def make_shared(self, apt: Path, asked: set[str], *, anew: bool) -> None:
         """Resolve the groups with these digests only, for guests that share them; no lock."""
-        known = {} if anew else self._known()
+        known = self._known(anew=anew)
         wanted = request.request(self.recipe, self.root)
         shared = {name: group for name, group in wanted.groups.items()
                   if wanted.digests[name] in asked}
@@ -80,9 +101,12 @@ class Locks:
         """For each group that the guest asks for the digest of what is asked."""
         return request.digests(self.recipe, self.root)
 
-    def _known(self) -> dict[str, Known]:
-        shared = lock.read_resolved(self.shared)
-        return self._seed() if shared is None else dict(shared.groups)
+    def _known(self, *, anew: bool) -> dict[str, Known]:
+        kept = self.committed.known()
+        shared = None if anew else lock.read_resolved(self.shared)
+        if shared is None:
+            return kept if kept or anew else self._seed()
+        return {**shared.groups, **kept}
 
     def _seed(self) -> dict[str, Known]:
         """What the locks at hand hold: somebody kept them alone."""

@@ -6,16 +6,18 @@ key by content, so a stage that runs again and puts out the same bytes stops the
 
 from __future__ import annotations
 
+import operator
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from katagpu import keys, log, sandbox
 from katagpu.errors import CorruptBlob, StepError, UserError
 from katagpu.files import full_disk
+from katagpu.lock import Deb
 from katagpu.stages.api import Build, Stage
 from katagpu.store import Action, Output, Store, writing
 
@@ -27,8 +29,10 @@ class Plan:
     """Stages by name, in an order in which every input comes first."""
 
     def __init__(self, stages: Mapping[str, Stage], store: Store, logs: Path, *,
-                 ccache: bool = True) -> None:
+                 ccache: bool = True,
+                 address: Callable[[Deb], str] = operator.attrgetter("url")) -> None:
         self.stages = stages
+        self.address = address
         self.store = store
         self.logs = logs
         self.ccache = ccache
@@ -146,7 +150,8 @@ class Plan:
         started = time.monotonic()
         with (writing(self.store.root),
               self.store.staging(name, sandbox.remove) as scratch):
-            build = Build(stage, self.store, inputs, scratch, logfile, ccache=self.ccache)
+            build = Build(stage, self.store, inputs, scratch, logfile, ccache=self.ccache,
+                          address=self.address)
             try:
                 stage.make(build)
             except StepError as failure:

@@ -146,10 +146,14 @@ def _host() -> None:
 
     hostsetup.ensure_host()
     for context in _guests().contexts:
-        if context.locked() is None or not context.made("manifest"):
+        if not answer(partial(_is_built, context))():
             context.store.prepare()
             sandbox.probe()
             return
+
+
+def _is_built(context: Context) -> bool:
+    return context.locked() is not None and context.made("manifest")
 
 
 def _guest(guests: Guests, context: Context, name: str) -> dict[str, Any]:
@@ -245,24 +249,6 @@ def setup() -> Task:
     from katagpu import hostsetup
 
     return plain(hostsetup.setup, "install the few packages that the build host needs")
-
-
-def lock() -> Task:
-    """Resolve anew."""
-
-    def resolve() -> None:
-        from katagpu.several import worst
-
-        guests = _guests()
-        refused = guests.lock(anew=True)
-        if refused:
-            error = worst(refused)
-            for other in {str(one): one for one in refused}.values():
-                if str(other) != str(error):
-                    log.error(f"lock: {other}")
-            raise error
-
-    return plain(resolve, "resolve the recipe's packages anew", task_dep=["_host"])
 
 
 def why() -> Task:

@@ -12,8 +12,10 @@ from katagpu import artifacts, guest, keys, recipe
 from katagpu.boot import qemu
 from katagpu.boot.qemu import Qemu
 from katagpu.booting import Booting
+from katagpu.committed import Committed
 from katagpu.errors import StepError, UserError
 from katagpu.lock import Lock
+from katagpu.locks import Locks
 from katagpu.plan import Plan
 from katagpu.schema import Recipe
 from katagpu.stages.api import Build, Ref, Stage
@@ -57,6 +59,10 @@ class Run:
     @functools.cached_property
     def recipe(self) -> Recipe:
         return recipe.load("debian-trixie", self.root)
+
+    @functools.cached_property
+    def locks(self) -> Locks:
+        return Locks(self.recipe, self.root, self.directory, [], Committed(self.recipe, self.root))
 
     @functools.cached_property
     def plan(self) -> Plan:

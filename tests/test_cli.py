@@ -61,9 +61,9 @@ def test_list_explains_each_task_in_one_line(toy: ToyRepository) -> None:
     status, out, err = toy.run("list")
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert (status, err) == (0, "")
-    assert {"setup", "lock", "build_image", "build_kernel", "build_headers", "build_rootfs",
-            "install_driver", "install_toolkit", "build_initrd", "test", "lint", "fmt", "bench",
-            "why", "diff", "cache:list", "cache:verify", "cache:gc"} <= set(lines)
+    assert {"setup", "lock", "fetch", "build_image", "build_kernel", "build_headers",
+            "build_rootfs", "install_driver", "install_toolkit", "build_initrd", "test", "lint",
+            "fmt", "bench", "why", "diff", "cache:list", "cache:verify", "cache:gc"} <= set(lines)
     assert all(len(line) < 100 for line in out.splitlines())
     assert not any(name.startswith("_") for name in lines)
 

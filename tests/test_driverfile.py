@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from katagpu import driverfile, lock, recipe, request, resolve
+from katagpu.committed import Committed
 from katagpu.driverfile import addresses, pin
 from katagpu.errors import UserError
 from katagpu.fetch import Gone
@@ -77,7 +78,8 @@ def test_a_lock_without_the_pin_is_none(
     monkeypatch.setattr(request, "must_have_keyrings", lambda _archives: None)
     monkeypatch.setattr(resolve, "resolve", nothing)
     url = site.add("a.run", b"old")
-    locks = Locks(wanted(url=url), PACKAGE.parent, tmp_path / "out" / VERSION, [])
+    locks = Locks(wanted(url=url), PACKAGE.parent, tmp_path / "out" / VERSION, [],
+                  Committed(wanted(url=url), PACKAGE.parent))
     locks.make(tmp_path / "apt", anew=False)
     found = locks.find()
     assert found is not None and found.downloads == {url: OLD}

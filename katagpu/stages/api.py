@@ -8,16 +8,17 @@ outputs.
 from __future__ import annotations
 
 import json
+import operator
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from katagpu import apt, keys, sandbox
 from katagpu.errors import CorruptBlob, StepError
-from katagpu.fetch import SUPERSEDED, Job, fetch_all
+from katagpu.fetch import SUPERSEDED, Gone, Job, fetch_all
 from katagpu.lock import Deb
 from katagpu.run import Result
 from katagpu.sandbox import Bind, Entry, Root
@@ -105,6 +106,48 @@ def _unpacked(store: Store, name: str, unpack: Callable[[Path], None]) -> Path:
     return target
 
 
+Wanted = tuple[str, str, int | None, str]
+"""A file to have in the store: its address, SHA-256, size in bytes if known, and what it is."""
+
+
+def bring(store: Store, wanted: Sequence[Wanted], cure: str,
+          proxies: Callable[[], Mapping[str, str]] = dict) -> None:
+    """Fetch what the store lacks; stages side by side want the same packages.
+
+    All that can be had is had before `Gone` names what cannot. `cure` is what to do then.
+    """
+    def missing() -> list[Wanted]:
+        return [item for item in wanted if not store.has(item[1], item[2])]
+
+    if not missing():
+        return
+    gone: list[str] = []
+    with store.lock("fetch"), writing(store.root):
+        partial = store.root / "partial"
+        jobs = [(Job(url=url, sha256=digest, size=size, what=what, cure=cure), partial / digest)
+                for url, digest, size, what in missing()]
+        while jobs:
+            try:
+                fetch_all(jobs, proxies=proxies())
+                break
+            except Gone as refusal:
+                left = [job for job in jobs if not refusal.what.startswith(f"{job[0].what}: ")]
+                if len(left) == len(jobs):
+                    raise
+                jobs = left
+                gone.append(refusal.what)
+        for job, path in jobs:
+            store.put(path, job.sha256)
+    if gone:
+        shown = "\n  ".join(gone[:20]) + (f"\n  and {len(gone) - 20} more" if gone[20:] else "")
+        raise Gone(shown, hint=cure)
+
+
+def packages(debs: Iterable[Deb], address: Callable[[Deb], str]) -> list[Wanted]:
+    """Packages as files to have; `address` is where this host has one."""
+    return [(address(deb), deb.sha256, deb.size, f"{deb.package} {deb.version}") for deb in debs]
+
+
 def jobs() -> int:
     """How many compilers may run at once: the processors that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -114,8 +157,10 @@ class Build:
     """One run of a stage: inputs, scratch space, sandbox and outputs."""
 
     def __init__(self, stage: Stage, store: Store, inputs: Mapping[str, Output], scratch: Path,
-                 log: Path, *, ccache: bool = True) -> None:
+                 log: Path, *, ccache: bool = True,
+                 address: Callable[[Deb], str] = operator.attrgetter("url")) -> None:
         self.stage = stage
+        self.address = address
         self.options = stage.options
         self.store = store
         self.inputs = inputs
@@ -150,32 +195,16 @@ class Build:
     def debs(self, group: str) -> list[Path]:
         """The packages of a group as verified blobs, fetched where they are missing."""
         debs = self.stage.packages[group]
-        self._fetch([(deb.url, deb.sha256, deb.size, f"{deb.package} {deb.version}")
-                     for deb in debs], SUPERSEDED, apt.proxies)
+        if not all(self.store.has(deb.sha256, deb.size) for deb in debs):
+            bring(self.store, packages(debs, self.address), SUPERSEDED, apt.proxies)
         return [self.store.sound(deb.sha256) for deb in debs]
 
     def download(self, name: str, cure: str = RECIPE) -> Path:
         """A downloaded file as a verified blob, fetched where it is missing."""
         url, digest = self.stage.downloads[name]
         assert digest is not None, "a download without a digest is fetched by its stage"
-        self._fetch([(url, digest, None, self.stage.title)], cure)
+        bring(self.store, [(url, digest, None, self.stage.title)], cure)
         return self.store.sound(digest)
-
-    def _fetch(self, wanted: Sequence[tuple[str, str, int | None, str]], cure: str,
-               proxies: Callable[[], Mapping[str, str]] = dict) -> None:
-        """Fetch what the store lacks; stages side by side want the same packages."""
-        def missing() -> list[tuple[str, str, int | None, str]]:
-            return [item for item in wanted if not self.store.has(item[1], item[2])]
-
-        if not missing():
-            return
-        with self.store.lock("fetch"), writing(self.store.root):
-            partial = self.store.root / "partial"
-            jobs = [(Job(url=url, sha256=digest, size=size, what=what, cure=cure), partial / digest)
-                    for url, digest, size, what in missing()]
-            fetch_all(jobs, proxies=proxies())
-            for job, path in jobs:
-                self.store.put(path, job.sha256)
 
     def repository(self, group: str, files: Sequence[Path] = ()) -> Path:
         """A directory that is a flat apt repository of a group's packages and of `files`."""

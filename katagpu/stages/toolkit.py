@@ -7,6 +7,7 @@ checksum database that the host is configured for, and what comes out enters the
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -93,7 +94,11 @@ def make_source(build: Build) -> None:
         raise failure
     proxy = build.directory("proxy")
     download = modules / "cache/download"
+    own = download / re.sub("[A-Z]", lambda letter: f"!{letter[0].lower()}",
+                            build.options["module"]) / "@v"
     for path in sorted(download.rglob("@v/*")):
+        if path.parent == own and path.stem != build.options["version"]:
+            continue  # the newest, where Go looks whether this version was retracted
         if path.suffix in (".info", ".mod", ".zip", ".ziphash"):
             target = proxy / path.relative_to(download)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -157,9 +157,9 @@ def test_two_builds_without_a_lock_resolve_once(
     processes = [toy.start(["build_image"]) for _ in range(2)]
     said = "".join(process.communicate(timeout=120)[1] for process in processes)
     assert [process.returncode for process in processes] == [0, 0], said
-    assert said.count("./doitw lock resolves anew") == 1
-    status, _out, err = toy.run("lock")
-    assert (status, err.count("./doitw lock resolves anew")) == (0, 1)
+    assert said.count("./doitw lock draft=1 resolves anew") == 1
+    status, _out, err = toy.run("lock", "draft=1")
+    assert (status, err.count("./doitw lock draft=1 resolves anew")) == (0, 1)
 
 
 def test_a_misspelt_extra_package(toy: ToyRepository, archive: ToyArchive) -> None:
