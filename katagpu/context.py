@@ -20,7 +20,9 @@ from katagpu.stages.api import Stage
 from katagpu.store import Store, default_root, writing
 
 DEFAULT = "debian-trixie"
-PARAMETERS = ("recipe", "driver", "all", "json", "ccache")
+PARAMETERS = ("recipe", "driver", "all", "json", "ccache",
+              "version", "key", "signer", "unsigned", "no_agent",  # release
+              "to", "licensed", "from", "prefix", "unverified")  # publish, install
 
 
 class Context:
