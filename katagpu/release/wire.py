@@ -5,6 +5,7 @@ On the standard library, since the installer has nothing else.
 
 from __future__ import annotations
 
+import functools
 import http.client
 import ipaddress
 import json
@@ -59,10 +60,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _context() -> ssl.SSLContext:
-    """What certificates are accepted: the system's, and those that the environment names."""
+@functools.cache
+def _context(_file: str | None, more: str | None) -> ssl.SSLContext:
+    """What certificates are accepted: the system's, and those that the environment names.
+
+    SSL_CERT_FILE is OpenSSL's own and read by it, REQUESTS_CA_BUNDLE what the other fetches read.
+    """
     context = ssl.create_default_context()
-    more = os.environ.get("REQUESTS_CA_BUNDLE")
     if more:
         try:
             context.load_verify_locations(more)
@@ -82,7 +86,8 @@ class Wire:
         self.pauses = pauses
         self._tokens: dict[str, str] = {}  # authorization by what it allows
         self._opener = urllib.request.build_opener(
-            urllib.request.HTTPSHandler(context=_context()))
+            urllib.request.HTTPSHandler(context=_context(
+                os.environ.get("SSL_CERT_FILE"), os.environ.get("REQUESTS_CA_BUNDLE"))))
         self._base: str | None = None
 
     def url(self, path: str) -> str:

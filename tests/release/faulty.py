@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ class Proxy:
     faults: list[Fault] = field(default_factory=list)
     asked: list[tuple[str, str]] = field(default_factory=list)
     sent: int = 0  # bytes of bodies
+    token: str | None = None  # the bearer token that is wanted, and given at /token
+    authorizations: list[str | None] = field(default_factory=list)
 
     def fault(self, method: str, path: str) -> Fault | None:
         """The fault of a request."""
@@ -69,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.proxy.asked.append((self.command, self.path))
         self.proxy.sent += len(body)
+        if self.proxy.token is not None and self._unknown(self.proxy.token):
+            return
         fault = self.proxy.fault(self.command, self.path) or Fault("", "")
         time.sleep(fault.pause)
         if fault.status is not None:
@@ -88,6 +93,20 @@ class Handler(BaseHTTPRequestHandler):
             return
         self._answer(answer.status, headers, fault.answer(data) if fault.answer else data,
                      fault.short)
+
+    def _unknown(self, token: str) -> bool:
+        """Ask for a token, or give one, as distribution's token protocol has it."""
+        given = self.headers.get("Authorization")
+        self.proxy.authorizations.append(given)
+        if self.path.startswith("/token"):
+            status = 200 if given is None or given.startswith("Basic ") else 401
+            self._answer(status, {}, json.dumps({"token": token}).encode())
+            return True
+        if given == f"Bearer {token}":
+            return False
+        self._answer(401, {"WWW-Authenticate": f'Bearer realm="http://{self.proxy.host}/token",'
+                           'service="toy",scope="something"'}, b"{}")
+        return True
 
     def _cut(self, body: bytes, whole: int) -> None:
         """Send part of a body on, and hang up on both sides."""
