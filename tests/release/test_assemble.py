@@ -94,9 +94,10 @@ def test_unsigned(tmp_path: Path) -> None:
 def test_notes(tmp_path: Path, keys: Keys) -> None:
     first = toyrelease.make(tmp_path, "1.9.0", keys.signer)
     assert "first release" in (first / layout.NOTES).read_text()
-    changed: dict[str, Any] = {"packages": {**toybuild.PACKAGES, "libc6": "2.42-1"}, "driver": "590.1",
-               "config": ["CONFIG_SMP=y", "CONFIG_NR_CPUS=64"],
-               "sizes": {**toybuild.SIZES, "distribution": 1500}}
+    changed: dict[str, Any] = {
+        "packages": {**toybuild.PACKAGES, "libc6": "2.42-1"}, "driver": "590.1",
+        "config": ["CONFIG_SMP=y", "CONFIG_NR_CPUS=64"],
+        "sizes": {**toybuild.SIZES, "distribution": 1500}}
     second = toyrelease.make(tmp_path, "1.10.0", keys.signer, "two", **changed)
     text = (second / layout.NOTES).read_text()
     for line in ("## Changes since 1.9.0", "driver.version: 550.163.01 → 590.1",
