@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +13,6 @@ from katagpu.release import layout
 from katagpu.release.layout import Release
 
 
-@contextlib.contextmanager
-def build(directory: Path, release: Release) -> Iterator[Finished]:
-    """A release as the finished build that it is of: its files under their own names."""
-    with tempfile.TemporaryDirectory() as name:
-        view = Path(name)
-        for file in release.files:
-            (view / file.source).symlink_to((directory / file.name).absolute())
-        yield finished.read(view, release.id)
-
-
 def read(directory: Path) -> Release:
     """The release in a directory. Raises `UserError`."""
     path = directory / layout.RELEASE
@@ -33,15 +21,14 @@ def read(directory: Path) -> Release:
 
 def text(directory: Path, release: Release, before: Path | None) -> str:
     """The notes of a release; `before` is the directory of the one before."""
-    with build(directory, release) as now:
-        lines = [f"# {release.recipe} {release.version}", "", *_facts(now.facts, release)]
-        if before is None:
-            lines += ["", "## Changes", "", "This is the first release of this recipe."]
-        else:
-            was = read(before)
-            lines += ["", f"## Changes since {was.version}"]
-            with build(before, was) as old:
-                lines += _changes(old, now)
+    now = finished.read(directory, release.id)
+    lines = [f"# {release.recipe} {release.version}", "", *_facts(now.facts, release)]
+    if before is None:
+        lines += ["", "## Changes", "", "This is the first release of this recipe."]
+    else:
+        was = read(before)
+        lines += ["", f"## Changes since {was.version}",
+                  *_changes(finished.read(before, was.id), now)]
     return "\n".join([*lines, "", *_use(release)]) + "\n"
 
 

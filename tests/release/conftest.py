@@ -8,6 +8,7 @@ import json
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -135,9 +136,13 @@ def free_port() -> int:
 def start_registry(tmp_path: Path, registry_program: str) -> Iterator[Starter]:
     """Starts registries, with passwords, with TLS; they end with the test."""
     running: list[Server] = []
+    memory = Path("/dev/shm")
+    stack = contextlib.ExitStack()
+    top = Path(stack.enter_context(tempfile.TemporaryDirectory(
+        dir=memory if memory.is_dir() else tmp_path)))
 
     def start(*, password: bool = False, tls: tuple[Path, Path] | None = None) -> Server:
-        place = tmp_path / f"registry-{len(running)}"
+        place = top / f"registry-{len(running)}"
         place.mkdir()
         host = f"127.0.0.1:{free_port()}"
         config = [f"version: 0.1\nlog: {{level: info}}\nstorage:\n  filesystem: "
@@ -158,6 +163,7 @@ def start_registry(tmp_path: Path, registry_program: str) -> Iterator[Starter]:
     yield start
     for server in running:
         server.stop()
+    stack.close()
 
 
 def docker_config(path: Path, host: str, user: str = USER, password: str = PASSWORD) -> Path:

@@ -123,6 +123,10 @@ def test_a_release_its_publication_and_installation(
     status, _out, err = toy.run(*words, "version=1.1.0")
     assert status == 0, err
     assert "Changes since 1.0.0" in (place(toy, "1.1.0") / "RELEASE-NOTES.md").read_text()
+    names = [f"release/{place(toy, version).name}" for version in ("1.0.0", "1.1.0")]
+    status, out, err = toy.run("diff", *names)
+    assert status == 0, err
+    assert f"{names[0]} → {names[1]}" in out
     to = f"oci://{start_registry().host}/guests/toy"
     status, _out, err = toy.run("publish", f"to={to}")  # the latest
     assert status == 0, err
