@@ -83,7 +83,6 @@ def uninstall(host: Host) -> None:
             host.remove_directories()
         log.say(f"uninstalled from {host.prefix}")
     else:
-        host.remove_directories()
         log.say(f"nothing is installed in {host.prefix}")
 
 

@@ -18,8 +18,8 @@ class Fault:
     """What happens to the requests that it fits.
 
     `cut`: so many bytes of the body reach the registry, and the connection breaks off. `lose`: the
-    registry gets all, and its answer is lost. `status` is answered, and nothing reaches the
-    registry. `answer` changes the registry's answer.
+    registry gets all, and its answer is lost. `status` is answered with `headers`, and nothing
+    reaches the registry. `answer` changes the registry's answer.
     """
 
     method: str
@@ -72,12 +72,13 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.proxy.asked.append((self.command, self.path))
         self.proxy.sent += len(body)
+        self.proxy.authorizations.append(self.headers.get("Authorization"))
         if self.proxy.token is not None and self._unknown(self.proxy.token):
             return
         fault = self.proxy.fault(self.command, self.path) or Fault("", "")
         time.sleep(fault.pause)
         if fault.status is not None:
-            self._answer(fault.status, {}, b"")
+            self._answer(fault.status, fault.headers, b"")
             return
         if fault.cut is not None:
             self._cut(body[:fault.cut], len(body))
@@ -97,7 +98,6 @@ class Handler(BaseHTTPRequestHandler):
     def _unknown(self, token: str) -> bool:
         """Ask for a token, or give one, as distribution's token protocol has it."""
         given = self.headers.get("Authorization")
-        self.proxy.authorizations.append(given)
         if self.path.startswith("/token"):
             status = 200 if given is None or given.startswith("Basic ") else 401
             self._answer(status, {}, json.dumps({"token": token}).encode())

@@ -240,6 +240,28 @@ def test_tokens(proxy: Proxy, place: Path, keys: Keys, tmp_path: Path,
     assert {each for each in proxy.authorizations if each} == {basic, "Bearer toy-token"}
 
 
+def test_a_password_stays_with_its_registry(
+    start_registry: Starter, place: Path, keys: Keys, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server, storage = start_registry(password=True), start_registry()
+    with before(server.host) as one, before(storage.host) as other:
+        monkeypatch.setenv("REGISTRY_AUTH_FILE",
+                           str(docker_config(tmp_path / "auth.json", one.host)))
+        push(place, f"oci://{one.host}/toy:1.0.0")
+        push(place, f"oci://{other.host}/toy:1.0.0")
+        image = layout.digest(next(place.glob("*.image")))
+        blob = f"/v2/toy/blobs/sha256:{image}"
+        one.faults = [Fault("GET", blob, status=307,
+                            headers={"Location": f"http://{other.host}{blob}"})]
+        one.authorizations.clear()
+        other.asked.clear()
+        installs(f"oci://{one.host}/toy:1.0.0", keys, tmp_path)
+        assert ("GET", blob) in other.asked
+        assert set(other.authorizations) == {None}
+        assert any(one.authorizations)
+
+
 def test_tls(start_registry: Starter, place: Path, keys: Keys, tmp_path: Path,
              monkeypatch: pytest.MonkeyPatch) -> None:
     cert, key = tmp_path / "tls.pem", tmp_path / "tls.key"
