@@ -1,6 +1,6 @@
 """The tasks. `doit list` shows them; parameters are `recipe=NAME driver=VERSION`."""
 
-from katagpu import locktasks, tasks
+from katagpu import locktasks, releasetasks, tasks
 
 DOIT_CONFIG = tasks.config()
 task_stages = tasks.stage_tasks
@@ -14,6 +14,10 @@ task_test = tasks.test
 task_boot_check = tasks.boot_check
 task_boot_shell = tasks.boot_shell
 task_bench = tasks.bench
+task_release = releasetasks.release
+task_publish = releasetasks.publish
+task_install = releasetasks.install
+task_uninstall = releasetasks.uninstall
 
 
 def task_build_kernel() -> tasks.Task:

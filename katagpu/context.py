@@ -21,7 +21,10 @@ from katagpu.stages.api import Stage
 from katagpu.store import Store, default_root, writing
 
 DEFAULT = "debian-trixie"
-PARAMETERS = ("recipe", "driver", "all", "json", "ccache", "update", "draft")
+PARAMETERS = ("recipe", "driver", "all", "json", "ccache",
+              "update", "draft",  # lock
+              "version", "key", "signer", "unsigned", "no_agent",  # release
+              "to", "licensed", "from", "prefix", "unverified")  # publish, install
 
 
 class Context:

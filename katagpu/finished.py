@@ -17,6 +17,7 @@ from katagpu import filelist, kconfig
 from katagpu.errors import UserError
 from katagpu.filelist import Entry
 from katagpu.keys import file_digest
+from katagpu.release import layout
 from katagpu.stages.layers import EXTENSION_ROOT
 
 MANIFEST = "manifest.json"
@@ -66,16 +67,17 @@ class Finished:
 def read(place: Path, name: str) -> Finished:
     """The build in a directory, or that of a manifest, called `name` in what is said of it.
 
-    A directory must have all that its manifest names; beside a manifest that is named itself,
-    what is there is read. Raises `UserError`.
+    A directory, that of a release too, must have all that its manifest names; beside a manifest
+    that is named itself, what is there is read. Raises `UserError`.
     """
     alone = not place.is_dir()
-    path = place if alone else place / MANIFEST
+    names = {} if alone else _names(place)
+    path = place if alone else place / names.get(MANIFEST, MANIFEST)
     manifest, facts = _manifest(path, name)
     lacks: list[str] = []
 
     def part(key: str, file: str, parse: Callable[[Path], Any]) -> Any:
-        known, found = manifest.parts.get(key), path.parent / file
+        known, found = manifest.parts.get(key), path.parent / names.get(file, file)
         if not found.is_file():
             if known is not None and not alone:
                 raise UserError(f"{name} lacks {file}, which its manifest names",
@@ -100,6 +102,14 @@ def read(place: Path, name: str) -> Finished:
         files = _mounted(files, part("extension_files", DISK_FILES, _files))
     return Finished(name=name, manifest=manifest, facts=facts, config=config, sizes=sizes,
                     files=files, lacks=tuple(lacks))
+
+
+def _names(place: Path) -> dict[str, str]:
+    """A release's own names of files, by those that they have below out/."""
+    path = place / layout.RELEASE
+    if not path.is_file():
+        return {}
+    return {file.source: file.name for file in layout.parse(path.read_bytes(), str(place)).files}
 
 
 def _added(base: dict[str, int] | None, disk: dict[str, int] | None) -> dict[str, int] | None:

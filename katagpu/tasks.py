@@ -330,7 +330,7 @@ def program(*argv: str, doc: str) -> Task:
 
     def run() -> None:
         for line in argv:
-            _call(line.split(), f"{line} found something")
+            call(line.split(), f"{line} found something")
 
     return plain(run, doc)
 
@@ -342,11 +342,11 @@ def test() -> Task:
         everything = _is_set(_context(), "all")
         log.say("> the test suite" + (", with the long tests" if everything else ""))
         chosen = [] if everything else ["-m", "not slow"]
-        _call(["pytest", "-q", "tests", "--ignore=tests/default", *chosen], "the suite failed")
-        _call(["python", "-m", "katagpu", "build_image"], "the default build failed")
+        call(["pytest", "-q", "tests", "--ignore=tests/default", *chosen], "the suite failed")
+        call(["python", "-m", "katagpu", "build_image"], "the default build failed")
         log.say("> the checks of the default guest, in virtual machines too")
         with _machines() as machines:
-            _call(["pytest", "-q", *ON_A_BUILD, *chosen], "the default guest's checks failed",
+            call(["pytest", "-q", *ON_A_BUILD, *chosen], "the default guest's checks failed",
                   **machines)
 
     return plain(run, "the fast suite, then the default build and its checks (all=1: long ones)")
@@ -363,7 +363,7 @@ def _machines() -> Iterator[dict[str, str]]:
                "KATAGPU_TEST_KERNEL": str(next(default.directory.glob("vmlinux-*")))}
 
 
-def _call(words: list[str], failed: str, **environment: str) -> None:
+def call(words: list[str], failed: str, **environment: str) -> None:
     """Run a program of the environment, its output on ours, with more of an environment."""
     import subprocess
 

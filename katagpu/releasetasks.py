@@ -1,0 +1,160 @@
+"""The tasks about releases: make one, publish it, install it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from katagpu import log, tasks
+from katagpu.errors import StepError, UserError
+from katagpu.tasks import ROOT, Task
+
+if TYPE_CHECKING:
+    from katagpu.context import Context
+    from katagpu.release.assemble import Order, Piece
+    from katagpu.release.host import Host
+    from katagpu.release.signing import Signer
+
+
+def _context() -> Context:
+    from katagpu.current import guests
+
+    if guests().all:
+        raise UserError("a release is of one guest", hint="leave driver= away")
+    return guests().contexts[0]
+
+
+def _top() -> Path:
+    return ROOT / "out" / "release"
+
+
+def release() -> Task:
+    """Make a release of the recipe."""
+
+    def make() -> None:
+        from katagpu.release import assemble, layout, preflight, signing
+
+        context = _context()
+        values = context.values
+        version = layout.version(_needed(context, "version", "X.Y.Z"))
+        commit = preflight.check(ROOT, context.recipe, values, context.environment)
+        signer = signing.choose(values, ROOT)
+        log.say(f"> {context.recipe.name} has to pass its boot check")
+        tasks.call(["python", "-m", "katagpu", f"recipe={context.recipe.name}", "ccache=0",
+                    "boot_check"], "there is no release of a guest that fails")
+        context.forget()
+        with log.step(f"release {context.recipe.name} {version}"):
+            place = assemble.make(order(context, version, commit, signer), _top())
+        if signer is None:
+            log.warn("this release is not signed, as was asked for")
+        shown = os.path.relpath(place)
+        log.say(f"in {shown}/; next: ./doitw publish to=oci://REGISTRY/REPOSITORY:{version}")
+
+    return tasks.plain(make, "make a signed release: release version=X.Y.Z key=PRIVATE.pem")
+
+
+def order(context: Context, version: str, commit: str, signer: Signer | None) -> Order:
+    """What is released of a guest that is built and checked. Raises `UserError`, `StepError`."""
+    from katagpu import embed
+    from katagpu.release import assemble, provenance
+
+    recipe, lock = context.recipe, context.locked()
+    embed.refuse(context.directory)
+    if lock is None or context.booting.checked() is None or not context.complete("build_image"):
+        raise StepError("the build changed while it was released", hint="run it again")
+    return assemble.Order(
+        recipe=recipe.name, version=version, signer=signer, pieces=list(pieces(context)),
+        licensed=recipe.vgpu is not None, resolved=provenance.dependencies(commit, lock),
+        facts={"driver": recipe.driver.version, "request": lock.request})
+
+
+def pieces(context: Context) -> Iterator[Piece]:
+    """All that the build and its check left, and what each is in the manifest."""
+    from katagpu import artifacts
+    from katagpu.release.assemble import Piece
+    from katagpu.stages import final
+
+    action = context.plan.action("kernel")
+    assert action is not None, "the build is complete"
+    known = {(ref.stage, ref.output): name for name, ref in {**final.PARTS, **final.DISK}.items()}
+    for item in (*context.artifacts(tasks.DEFAULT), *artifacts.BOOT_CHECK):
+        name = item.name.format(release=action.record["release"])
+        part = known.get((item.stage, item.output))
+        if item.name.startswith("linux-headers-"):
+            part = "headers"
+        yield Piece(path=context.directory / name, link=item.link, part=part)
+
+
+def publish() -> Task:
+    """Publish a release."""
+
+    def push() -> None:
+        from katagpu.release import assemble, layout
+        from katagpu.release import publish as publishing
+
+        context = _context()
+        to = _needed(context, "to", "oci://REGISTRY/REPOSITORY:TAG, or a directory")
+        recipe = context.recipe.name
+        versions = assemble.made(_top(), recipe)
+        if not versions and "version" not in context.values:
+            raise UserError(f"there is no release of {recipe} in {os.path.relpath(_top())}",
+                            hint="./doitw release version=X.Y.Z")
+        version = layout.version(context.values.get("version") or versions[-1])
+        publishing.publish(_top() / f"{recipe}-{version}", to,
+                           licensed=context.values.get("licensed", "0") != "0")
+
+    return tasks.plain(push, "publish a release: to=oci://REGISTRY/REPOSITORY:TAG, or to=DIRECTORY")
+
+
+def install() -> Task:
+    """Install a release on this host, or below a prefix."""
+
+    def place(rollback: bool, status: bool) -> None:
+        from katagpu.release import install as installing
+
+        context, host = _context(), _host()
+        if rollback:
+            installing.rollback(host)
+        elif status:
+            for line in installing.status(host):
+                sys.stdout.write(line + "\n")
+        else:
+            key = context.values.get("key")
+            installing.install(
+                _needed(context, "from", "a release's directory, or oci://REGISTRY/REPOSITORY:TAG"),
+                host, key=Path(key) if key else None,
+                unverified=context.values.get("unverified", "0") != "0")
+
+    return tasks.plain(
+        place, "install a release on a host that runs Kata: from=… key=PUBLIC.pem (prefix=/)",
+        params=[{"name": name, "long": name, "type": bool, "default": False, "help": what}
+                for name, what in (("rollback", "go back to the release before"),
+                                   ("status", "say what is installed, and whether it is intact"))])
+
+
+def uninstall() -> Task:
+    """Remove what was installed."""
+
+    def remove() -> None:
+        from katagpu.release import install as installing
+
+        installing.uninstall(_host())
+
+    return tasks.plain(remove, "remove what install placed (prefix=/)")
+
+
+def _host() -> Host:
+    from katagpu.release.host import Host
+
+    return Host(Path(_context().values.get("prefix", "/")).absolute())
+
+
+def _needed(context: Context, name: str, what: str) -> str:
+    """A parameter that has to be given."""
+    found = context.values.get(name)
+    if not found:
+        raise UserError(f"{name}= is not given", hint=f"{name}={what}")
+    return found
