@@ -59,7 +59,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     def call(words: list[str], _failed: str, **environment: str) -> None:
         found.append([*(f"{name}={value}" for name, value in environment.items()), *words])
 
-    monkeypatch.setattr(tasks, "_call", call)
+    monkeypatch.setattr(tasks, "call", call)
     monkeypatch.setattr(tasks, "ROOT", tmp_path)
     return found
 

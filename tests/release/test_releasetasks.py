@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from katagpu import lockfile, lockparts, recipe
+from katagpu.lockfile import LockedPart, LockFile
 from tests.release.conftest import Keys, Starter
 from tests.release.test_preflight import git
 from tests.toyrepo import RECIPE, ToyRepository
@@ -92,7 +94,10 @@ def repository(top: Path) -> ToyRepository:
     with (found.root / "katagpu/guest.py").open("a") as stream:
         stream.write(MORE)
     (found.root / ".gitignore").write_text("/out/\n__pycache__/\n")
-    (found.root / f"recipes/{RECIPE}.lock").write_text("a lock\n")
+    asked = lockparts.asked(recipe.load(RECIPE, found.root), found.root)
+    parts = {str(part): LockedPart(asked=what) for part, what in asked.items()}  # without packages
+    lockfile.write(LockFile(recipe=RECIPE, archives={}, parts=parts),
+                   found.root / f"recipes/{RECIPE}.lock")
     git(found.root, "init", "-q")
     git(found.root, "add", "-A")
     git(found.root, "commit", "-qm", "all")
