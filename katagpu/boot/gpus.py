@@ -92,8 +92,8 @@ def modules(session: Session) -> list[str]:
             ["--dirname", facts.extension] if facts.extension else []), "nvidia"]).said
         raise Failed(f"not loaded: {', '.join(missing())}",
                      [*asked, *session.grep(r"nvidia|NVRM|module")],
-                     cause="modules for another release or configuration, missing from "
-                           "modules.dep, or refused by the kernel",
+                     cause=_refusal(session, "modules for another release or configuration, "
+                                    "missing from modules.dep, or refused by the kernel"),
                      cure="build kernel and modules of one recipe (./doitw build_image); the lines "
                           "above have the kernel's own reason")
     version = guest.text("/sys/module/nvidia/version").strip()
@@ -175,7 +175,8 @@ def _bound(session: Session, plugged: Plugged) -> list[str]:
     return [str(find(session, plugged))]
 
 
-def _refusal(session: Session) -> str:
+def _refusal(session: Session,
+             other: str = "the module is not loaded, or no unit loads it") -> str:
     for pattern, words in (
             (r"fallen off the bus", "the function does not answer: all registers read as ones"),
             (r"not supported by the NVIDIA", "this driver does not know the GPU"),
@@ -183,7 +184,7 @@ def _refusal(session: Session) -> str:
             (r"Unknown symbol|version magic", "a module for another kernel")):
         if session.grep(pattern):
             return words
-    return "the module is not loaded, or no unit loads it"
+    return other
 
 
 def cold_model(session: Session) -> list[str]:
