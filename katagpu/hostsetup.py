@@ -33,6 +33,9 @@ PROGRAMS: Mapping[str, str] = {
 ROOTLESS: Mapping[str, str] = {"newuidmap": "uidmap"}
 """What a user who is not root needs besides."""
 
+TESTS: Mapping[str, str] = {"newuidmap": "uidmap", "shellcheck": "shellcheck"}
+"""What tests need besides: builds without root rights are tried as root, too."""
+
 FILES: Mapping[str, str] = {
     "/etc/ssl/certs/ca-certificates.crt": "ca-certificates",
     "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
@@ -82,6 +85,18 @@ def ensure_host(host: Host | None = None) -> None:
         _install(packages, host)
         if still := missing(host):
             raise UserError(f"after the installation {', '.join(still)} is still missing")
+
+
+def ensure_tests(host: Host | None = None) -> None:
+    """Install what tests need besides; where that may not be, say so: they are skipped then."""
+    host = host or Host()
+    packages = sorted({package for program, package in TESTS.items()
+                       if shutil.which(program, path=host.path) is None})
+    if packages:
+        try:
+            _install(packages, host)
+        except UserError as refusal:
+            log.warn(f"some tests are skipped: {refusal}")
 
 
 def setup(host: Host | None = None) -> None:

@@ -339,7 +339,10 @@ def test() -> Task:
     """The fast suite, then the default build and its checks; with all=1 everything."""
 
     def run() -> None:
+        from katagpu import hostsetup
+
         everything = _is_set(_context(), "all")
+        hostsetup.ensure_tests()
         log.say("> the test suite" + (", with the long tests" if everything else ""))
         chosen = [] if everything else ["-m", "not slow"]
         call(["pytest", "-q", "tests", "--ignore=tests/default", *chosen], "the suite failed")

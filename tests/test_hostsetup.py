@@ -9,7 +9,16 @@ import pytest
 
 from katagpu import hostsetup
 from katagpu.errors import UserError
-from katagpu.hostsetup import FILES, PROGRAMS, ROOTLESS, Host, ensure_host, missing
+from katagpu.hostsetup import (
+    FILES,
+    PROGRAMS,
+    ROOTLESS,
+    TESTS,
+    Host,
+    ensure_host,
+    ensure_tests,
+    missing,
+)
 
 SYSTEM = "/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -93,6 +102,19 @@ def test_root_installs_and_shows_the_line(toy: Toy, capfd: pytest.CaptureFixture
     ensure_host(toy.host())
     assert toy.said() == [LINE]
     assert f"apt-get {LINE}" in capfd.readouterr().err
+
+
+def test_what_tests_need_is_installed_or_said_to_be_missing(
+        toy: Toy, capfd: pytest.CaptureFixture[str]) -> None:
+    toy.apt()
+    for name in TESTS:
+        (toy.bin / name).unlink(missing_ok=True)
+    ensure_tests(toy.host(KATAGPU_NO_INSTALL="1"))
+    assert toy.said() == []
+    assert "some tests are skipped: the build host lacks shellcheck, uidmap" in \
+        capfd.readouterr().err
+    ensure_tests(toy.host())
+    assert toy.said() == ["install -y --no-install-recommends shellcheck uidmap"]
 
 
 def test_unknown_packages_need_lists_first(toy: Toy) -> None:

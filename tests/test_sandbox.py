@@ -636,6 +636,7 @@ def as_user(user: str, *argv: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.root
 @needs_root
+@pytest.mark.skipif(shutil.which("newuidmap") is None, reason="needs newuidmap (uidmap)")
 def test_all_of_this_as_an_ordinary_user(user: str, repository: Path) -> None:
     home = Path("/tmp", user)
     for name in ("katagpu", "tests"):

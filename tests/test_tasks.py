@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from doit.exceptions import TaskError, TaskFailed
 
-from katagpu import guest, recipe, tasks
+from katagpu import guest, hostsetup, recipe, tasks
 from katagpu.errors import CorruptBlob, KatagpuError, StepError, UserError
 from katagpu.lock import Lock
 
@@ -60,6 +60,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
         found.append([*(f"{name}={value}" for name, value in environment.items()), *words])
 
     monkeypatch.setattr(tasks, "call", call)
+    monkeypatch.setattr(hostsetup, "ensure_tests", lambda: None)
     monkeypatch.setattr(tasks, "ROOT", tmp_path)
     return found
 

@@ -26,7 +26,8 @@ from tests.nvrun.toys import Toy
 ROOT = PACKAGE.parent
 HEADERS = {"include/linux/kernel.h": "int toy_resize(int, int);\n", "include/linux/pci.h": "\n",
            "include/generated/autoconf.h": "\n", "include/config/kernel.release": f"{RELEASE}\n",
-           "Module.symvers": "\n", ".config": "\n", "scripts/mod/modpost": "\n"}
+           "include/config/auto.conf": "\n", "Module.symvers": "\n", ".config": "\n",
+           "scripts/mod/modpost": "\n"}
 TOOLS = ("gcc", "make", "ld", "sed", "ldconfig", "grep", "dmesg", "tail", *PROGRAMS)
 
 
