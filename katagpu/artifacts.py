@@ -92,6 +92,9 @@ def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
         Artifact(stage="kata_config", output="config", name="50-katagpu.toml"),
         Artifact(stage="kata_config", output="config_rs", name="50-katagpu-runtime-rs.toml"),
         Artifact(stage="manifest", output="manifest", name="manifest.json"))
+    if recipe.image.verity:
+        variant = "nvidia" if split else "nvidia-gpu"  # Kata's names of the two images
+        about += (Artifact(stage="image", output="verity", name=f"root_hash_{variant}.txt"),)
     if split:
         image += _extension(recipe)
     if recipe.driver.source is DriverSource.RUNFILE:

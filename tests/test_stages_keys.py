@@ -93,6 +93,7 @@ def root() -> Path:
     (section("image", compression=Compression.LZ4HC), {"image", "rootfs", "manifest"}),
     (section("image", level=9), {"image"}),
     (section("image", dax_header=True), {"image", "kata_config", "manifest"}),
+    (section("image", verity=True), {"image", "rootfs", "kata_config", "manifest"}),
     (section("image", format=ImageFormat.EXT4, compression=Compression.NONE),
      {"image", "rootfs", "kata_config", "manifest"}),
     (section("rootfs", packages=("curl",)), set()),  # it reaches base through the lock
@@ -101,7 +102,8 @@ def root() -> Path:
      {"toolkit_source", "toolkit", "driver_user", "rootfs", "image", "initrd", "initrd_config",
       "kata_config", "manifest"}),
 ], ids=["name", "mirror", "flavour", "driver version", "capabilities", "headers", "features",
-        "toolkit version", "compression", "level", "dax", "ext4", "packages", "vgpu", "no toolkit"])
+        "toolkit version", "compression", "level", "dax", "verity", "ext4", "packages", "vgpu",
+        "no toolkit"])
 def test_what_a_recipe_s_change_runs_again(
     default: Recipe, root: Path, change: Change, again: set[str],
 ) -> None:
@@ -333,13 +335,14 @@ def test_both_models_share_all_that_takes_long(
 @pytest.mark.parametrize(("change", "again"), [
     (section("image", level=9), {"image", "extension"}),
     (section("image", dax_header=True), {"image", "kata_config", "manifest"}),
+    (section("image", verity=True), {"image", "rootfs", "kata_config", "manifest"}),
     (section("image", compression=Compression.LZ4HC),
      {"image", "rootfs", "extension_root", "extension", "manifest"}),
     # The disk stays erofs, with the compressor that it had.
     (section("image", format=ImageFormat.EXT4, compression=Compression.NONE),
      {"image", "rootfs", "kata_config", "manifest"}),
     (lambda old: replace(old, name="other"), {"kata_config", "manifest"}),
-], ids=["level", "dax", "compression", "ext4", "name"])
+], ids=["level", "dax", "verity", "compression", "ext4", "name"])
 def test_what_a_change_of_the_image_runs_again(
     split: Recipe, root: Path, change: Change, again: set[str],
 ) -> None:
