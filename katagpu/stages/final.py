@@ -34,7 +34,10 @@ PARTS = {"image": Ref(stage="image", output="image"),
          "kata_config": Ref(stage="kata_config", output="config"),
          "sizes": Ref(stage="image", output="sizes"),
          "files": Ref(stage="image", output="files"),
-         "kata_config_rs": Ref(stage="kata_config", output="config_rs")}
+         "kata_config_rs": Ref(stage="kata_config", output="config_rs"),
+         "sbom_spdx": Ref(stage="sbom", output="spdx"),
+         "sbom_cyclonedx": Ref(stage="sbom", output="cyclonedx"),
+         "licences": Ref(stage="sbom", output="licences")}
 DISK = {"extension": Ref(stage="extension", output="image"),
         "extension_sizes": Ref(stage="extension", output="sizes"),
         "extension_files": Ref(stage="extension", output="files")}
