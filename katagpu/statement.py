@@ -24,6 +24,8 @@ PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "tag:katagpu,2025:guest/v1"
 """What `externalParameters` and `resolvedDependencies` mean: docs/sbom.md."""
 BUILDER = "tag:katagpu,2025:builder"
+FILE = "tag:katagpu,2025:file/"
+"""Begins the URI of what is a file of the user's: its digest says which."""
 HEX = frozenset("0123456789abcdef")
 
 

@@ -34,7 +34,7 @@ LAYERS = (
      "sbom_cyclonedx", "licencelist"),
     ("stages",),
     ("plan", "guest"),
-    ("artifacts", "embed", "booting", "context"),
+    ("artifacts", "embed", "booting", "context", "materials"),
     ("release", "host", "finished", "compare", "compare_text", "several"),
     ("current", "storetasks", "tasks", "bench"),
     ("commands",),

@@ -5,6 +5,7 @@ Read from the packed layers themselves; the recipe and the lock only say where i
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def make_sbom(build: Build) -> None:
     place = None
     if "disk" in build.inputs:
         place = layers.EXTENSION_ROOT
+        # The mount point is made in a layer on top.
+        roots = [dataclasses.replace(roots[0], upper=build.directory("guest"))]
         roots.append(Root(lower=(build.tree("disk"),), target=place, special=False))
     found = build.inside(contents.survey, roots, disk=place)
     if place is not None:
@@ -109,10 +112,10 @@ def _go_licences(build: Build) -> dict[str, str]:
     found = {}
     tree = build.tree("go_modules")
     for path in sorted(tree.rglob("@v/*.zip")):
-        module = _unescaped(str(path.parent.parent.relative_to(tree)))
-        text = _licence(path, f"{module}@{_unescaped(path.stem)}")
+        module = unescaped(str(path.parent.parent.relative_to(tree)))
+        text = _licence(path, f"{module}@{unescaped(path.stem)}")
         if text is not None:
-            found[f"{module}@{_unescaped(path.stem)}"] = text
+            found[f"{module}@{unescaped(path.stem)}"] = text
     return found
 
 
@@ -123,7 +126,7 @@ def _licence(path: Path, prefix: str) -> str | None:
                      for name in LICENCES if f"{prefix}/{name}" in names), None)
 
 
-def _unescaped(path: str) -> str:
+def unescaped(path: str) -> str:
     """A module's path: an exclamation mark stands before what was a capital letter."""
     head, *rest = path.split("!")
     return head + "".join(part[:1].upper() + part[1:] for part in rest)
