@@ -319,6 +319,12 @@ def _erofs_is_sound(image: Path, offset: int, scratch: Path, tool: Tool) -> bool
     return True
 
 
+def version(path: Path) -> str | None:
+    """The version in an agent that was taken out, None where the binary does not say it."""
+    found = VERSION.search(path.read_bytes())
+    return found.group(1).decode() if found else None
+
+
 def _inspect(path: Path, what: str) -> tuple[str | None, tuple[str, ...], str | None]:
     """Version, NEEDED and interpreter of an agent. Raises `UserError` if it cannot run here."""
     from elftools.common.exceptions import ELFError
@@ -341,6 +347,4 @@ def _inspect(path: Path, what: str) -> tuple[str | None, tuple[str, ...], str | 
                    if isinstance(segment, InterpSegment)]
     except ELFError as failure:
         raise UserError(f"{what}: not a whole ELF file ({failure})", hint=HINT) from None
-    version = VERSION.search(data)
-    return (version.group(1).decode() if version else None, needed,
-            loaders[0] if loaders else None)
+    return version(path), needed, loaders[0] if loaders else None

@@ -91,7 +91,13 @@ def of(recipe: Recipe, task: str) -> tuple[Artifact, ...]:
         Artifact(stage="image", output="files", name="files.mtree"),
         Artifact(stage="kata_config", output="config", name="50-katagpu.toml"),
         Artifact(stage="kata_config", output="config_rs", name="50-katagpu-runtime-rs.toml"),
+        Artifact(stage="sbom", output="spdx", name="sbom.spdx.json"),
+        Artifact(stage="sbom", output="cyclonedx", name="sbom.cdx.json"),
+        Artifact(stage="sbom", output="licences", name="licences.txt"),
         Artifact(stage="manifest", output="manifest", name="manifest.json"))
+    if recipe.image.verity:
+        variant = "nvidia" if split else "nvidia-gpu"  # Kata's names of the two images
+        about += (Artifact(stage="image", output="verity", name=f"root_hash_{variant}.txt"),)
     if split:
         image += _extension(recipe)
     if recipe.driver.source is DriverSource.RUNFILE:

@@ -38,7 +38,7 @@ def check(root: Path, facts: dict[str, Any]) -> list[Finding]:
         kernel_config=Path(facts["kernel_config"]), kernel_build_id=facts["kernel_build_id"],
         toolkit=Toolkit(facts["toolkit"]), agent=facts["agent"], vgpu=facts["vgpu"],
         root_format=RootFormat(facts["root_format"]), compressor=facts["compressor"],
-        extension=extension,
+        verity=facts["verity"], extension=extension,
         toolkit_programs=() if extension is not None and driver is None else (
             f"{programs}/nvidia-ctk", f"{programs}/nvidia-cdi-hook"),
         driver=None if driver is None else Driver(

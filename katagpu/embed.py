@@ -241,7 +241,7 @@ class Embedding:
             build = Build(stage, self.plan.store, inputs, scratch, logfile)
             guest = Root(lower=(token_layer(private / "layer", self.token), *stack(build)),
                          special=False)
-            packed = image.pack(build, guest, _files(private / "packed", image.PACKED))
+            packed = image.pack(build, guest, _files(private / "packed", image.PACKED)).file
             packed.chmod(0o600)
             with packed.open("rb") as stream:
                 os.fsync(stream.fileno())

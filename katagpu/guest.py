@@ -23,6 +23,7 @@ from katagpu.stages import (
     rootfs,
     roots,
     runfile,
+    sbom,
     source,
     toolkit,
 )
@@ -58,7 +59,7 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
     if recipe.agent is not None:
         found.append(rootfs.agent_stage(recipe, root))
     found += [*_images(recipe, lock, root), final.kata_config(recipe),
-              final.manifest(recipe, lock, root)]
+              sbom.contents_of(recipe, lock), final.manifest(recipe, lock, root)]
     found = locked.pinned(found, lock, root)
     for stage in found:
         keys.code(stage.module)  # now: a key names the code that is loaded, not a later edit

@@ -30,12 +30,13 @@ def _sizes(entries: Iterable[filelist.Entry]) -> dict[str, int]:
     parts: dict[str, int] = {}
     for entry in entries:
         if entry.kind is filelist.Kind.FILE:
-            name = _part(entry.path)
+            name = part(entry.path)
             parts[name] = parts.get(name, 0) + entry.size
     return dict(sorted(parts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _part(path: str) -> str:
+def part(path: str) -> str:
+    """The part of the guest that a file belongs to."""
     name = path.rsplit("/", 1)[-1]
     path = path if not path.startswith("lib/") else f"usr/{path}"  # on the driver's disk
     if path.startswith("var/lib/dpkg/"):

@@ -305,6 +305,8 @@ def _image(recipe: Recipe) -> Iterator[Problem]:
                f"levels: {what}")
     if image.dax_header and image.format is ImageFormat.INITRD:
         yield ("image", "dax_header"), "an initrd has no DAX header", "use a disk image"
+    if image.verity and image.format is ImageFormat.INITRD:
+        yield ("image", "verity"), "an initrd has no hash tree", "use a disk image"
 
 
 def _vgpu(recipe: Recipe, root: Path) -> Iterator[Problem]:
@@ -323,6 +325,10 @@ def _vgpu(recipe: Recipe, root: Path) -> Iterator[Problem]:
     elif vgpu.embed_token:
         yield (("vgpu", "embed_token"), "a token and `server_address` are two licence servers",
                "remove one of them; the legacy server knows no token")
+    if vgpu.embed_token and recipe.image.verity:
+        yield (("vgpu", "embed_token"), "the image with the token would have another root hash "
+               "than the one in Kata's configuration", "use `image: {verity: false}`, or hand the "
+               "token to the guest when it starts (docs/vgpu.md)")
     yield from _token(vgpu, root)
 
 

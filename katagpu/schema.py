@@ -326,6 +326,8 @@ class Image(Section, frozen=True, kw_only=True):
         "level of the compressor; null: its own default"))] = None
     dax_header: Annotated[bool, Meta(description=(
         "put Kata's 2 MiB DAX header in front of the disk image (for nvdimm)"))] = False
+    verity: Annotated[bool, Meta(description=(
+        "a hash tree of the disk image, by which Kata verifies it (docs/image.md)"))] = False
 
 
 class Vgpu(Section, frozen=True, kw_only=True):

@@ -16,13 +16,13 @@ from tests import toybuild
 from tests.toyrepo import ToyRepository
 
 ALL = ["driver_modules", "driver_user", "image", "kata_config", "kernel", "kernel_config",
-       "manifest", "rootfs", "toolkit"]
+       "manifest", "rootfs", "sbom", "toolkit"]
 RESULTS = {
     "vmlinuz-6.1-toy", "vmlinuz-nvidia-gpu.container", "vmlinux-6.1-toy",
     "vmlinux-nvidia-gpu.container", "System.map-6.1-toy", "config-6.1-toy",
     "linux-headers-6.1-toy.deb", "checks.txt", "sizes.json", "files.mtree",
-    "50-katagpu.toml",
-    "50-katagpu-runtime-rs.toml", "manifest.json",
+    "50-katagpu.toml", "50-katagpu-runtime-rs.toml", "manifest.json", "sbom.spdx.json",
+    "sbom.cdx.json", "licences.txt",
     "kata-debian-trixie-nvidia-gpu-550.163.01.image", "kata-containers-nvidia-gpu.img"}
 
 
@@ -116,7 +116,7 @@ def test_nothing_to_do_loads_neither_doit_nor_stages(built: ToyRepository) -> No
 def test_a_changed_file_rebuilds_what_reads_it(built: ToyRepository) -> None:
     (built.root / "rootfs/word").write_text("other")
     status, _out, _err = built.run()
-    assert (status, built.made()) == (0, ["rootfs", "image", "manifest"])
+    assert (status, built.made()) == (0, ["rootfs", "image", "sbom", "manifest"])
     (built.root / "rootfs/word").write_text("word")
     assert built.run()[0] == 0
     assert built.made() == []
@@ -168,7 +168,8 @@ def test_the_build_record_has_hits_and_misses(built: ToyRepository) -> None:
     record = json.loads(path.read_bytes())
     steps = {step["stage"]: step for step in record["steps"]}
     assert (record["task"], record["recipe"]) == ("build_image", "debian-trixie")
-    assert [name for name in ALL if not steps[name]["hit"]] == ["image", "manifest", "rootfs"]
+    assert [name for name in ALL if not steps[name]["hit"]] == [
+        "image", "manifest", "rootfs", "sbom"]
     assert steps["rootfs"]["reason"].startswith("files.word: ")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -219,7 +220,7 @@ def test_the_real_requirements_are_pinned_with_hashes(repository: Path) -> None:
     names = [line for line in lines if line and line[0] not in " #"]
     assert all("==" in line and line.endswith("\\") for line in names)
     assert not [line for line in lines if "://" in line or line.startswith("-")]
-    wanted = [line.split("==")[0] for line in (repository / "requirements.in").read_text()
+    wanted = [re.split(r"[\[=]", line)[0] for line in (repository / "requirements.in").read_text()
               .splitlines() if line and line[0] != "#"]
     assert set(wanted) <= {line.split("==")[0] for line in names}
     assert sys.version_info >= (3, 11)

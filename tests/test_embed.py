@@ -29,7 +29,7 @@ from katagpu.keys import PACKAGE
 from katagpu.plan import Plan
 from katagpu.recipe import Recipe, Vgpu
 from katagpu.schema import Compression, DriverSource, ImageFormat, ToolkitSource
-from katagpu.stages import final, image
+from katagpu.stages import final, image, sbom
 from katagpu.stages.api import Build, Stage
 from katagpu.store import Kind
 from tests.test_filesystem import tool_version
@@ -118,12 +118,14 @@ def stages(chosen: Recipe) -> dict[str, Stage]:
               outputs={"root": Kind.TREE}),
         Stage(name="kernel", title="", module="errors", make=make_kernel,
               outputs={**files, "modules": Kind.TREE}),
+        Stage(name="kernel_source", title="", module="errors", outputs={"tarball": Kind.FILE},
+              make=lambda build: build.put_bytes("tarball", b"linux")),
         Stage(name="kernel_config", title="", module="errors", make=make_config,
               outputs={"config": Kind.FILE}),
         Stage(name="rootfs", title="", module="errors", make=make_rootfs,
               outputs={"layer": Kind.TREE, "report": Kind.FILE}),
         image.image(chosen), image.initrd(chosen), final.kata_config(chosen),
-        final.initrd_config(chosen),
+        final.initrd_config(chosen), sbom.contents_of(chosen, none),
         final.manifest(chosen, none, PACKAGE.parent)]
     return {stage.name: stage for stage in found}
 
@@ -149,7 +151,7 @@ def context(top: Path, *, token: bool = True,
 
 def run(made: Context, task: str = TASK) -> None:
     """What a task does, as tasks.build has it."""
-    wanted = ["image", "kata_config", "manifest"] if task == TASK else [
+    wanted = ["image", "kata_config", "sbom", "manifest"] if task == TASK else [
         "initrd", "initrd_config"]
     for stage in wanted:
         made.ensure(stage)
@@ -233,8 +235,9 @@ def test_the_token_is_in_the_image_and_nowhere_else(top: Path, packing: dict[str
     assert {path.name for path in made.directory.iterdir()} == {
         IMAGE, final.IMAGE, embed.STATE, embed.NOTICE, ".restored.json", "50-katagpu.toml",
         "50-katagpu-runtime-rs.toml", "build-record.json",
-        "checks.txt", "config-6.1-toy", "files.mtree", "linux-headers-6.1-toy.deb", "lock.json",
-        "logs", "manifest.json", "sizes.json", "System.map-6.1-toy", "vmlinux-6.1-toy",
+        "checks.txt", "config-6.1-toy", "files.mtree", "linux-headers-6.1-toy.deb", "licences.txt",
+        "lock.json", "logs", "manifest.json", "sbom.cdx.json", "sbom.spdx.json", "sizes.json",
+        "System.map-6.1-toy", "vmlinux-6.1-toy",
         "vmlinux-nvidia-gpu.container", "vmlinuz-6.1-toy", "vmlinuz-nvidia-gpu.container"}
     assert not list((top / "store/staging").iterdir())
     assert made.complete(TASK)

@@ -138,6 +138,8 @@ CASES = [
     ("agent: null", "agent: {image: /nowhere/kata.img}", "agent.image: there is no file "
      "/nowhere/kata.img", "repository's root"),
     ("compression: zstd", "level: 99", "image.level: 99 is not a level of zstd", "1 to 19"),
+    ("format: erofs", "verity: true\n  format: initrd", "image.verity: an initrd has no hash tree",
+     "use a disk image"),
     ("dax_header: false", "{", "this is not YAML", ""),
     ("dax_header: false", "dax_header: \x01", "this is not YAML: the character U+0001", ""),
     ("dax_header: false", "dax_header: 2025-13-01", "this is not YAML: month must be", ""),

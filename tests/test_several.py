@@ -12,7 +12,7 @@ from katagpu.errors import UserError
 from katagpu.several import Guests
 from tests.toyrepo import ToyRepository
 
-OWN = {"driver_modules", "driver_user", "rootfs", "image", "manifest"}
+OWN = {"driver_modules", "driver_user", "rootfs", "image", "sbom", "manifest"}
 SHARED = {"kata_config", "kernel", "kernel_config", "toolkit"}
 DIRECTORY = "out/debian-trixie"
 

@@ -415,6 +415,41 @@ def test_the_driver_s_disk_is_verified_over_its_whole_first_partition(
     assert set(build.outputs) == {"image", "verity", "sizes", "files"}
 
 
+@pytest.mark.parametrize("dax", [False, True])
+@pytest.mark.parametrize("image", [ImageFormat.EROFS, ImageFormat.EXT4])
+def test_an_image_with_a_hash_tree(default: Recipe, tmp_path: Path, image: ImageFormat, dax: bool,
+                                   ) -> None:
+    from katagpu.schema import Compression
+
+    packing = Compression.ZSTD if image is ImageFormat.EROFS else Compression.NONE
+    chosen = replace(default, image=replace(default.image, format=image, compression=packing,
+                                            verity=True, dax_header=dax))
+    packed = 199 << 20  # with Kata's own rules the two partition tables would not agree
+
+    def effect(build: Recorder, argv: Sequence[str]) -> None:
+        if argv[0] == "veritysetup":
+            (build.directory("packed") / "hashes").write_bytes(b"tree")
+        else:
+            with (build.directory("packed") / "fs").open("wb") as stream:
+                stream.truncate(packed)
+
+    build = Recorder(stage(chosen, "image"), tmp_path, effect)
+    build.answer = (f"Data blocks: 51200\nData block size: 4096\nHash block size: 4096\n"
+                    f"Salt: {'01' * 32}\nRoot hash: {'ab' * 32}\n").encode()
+    build.stage.make(build)
+    data, hashes = disk.partitions(tmp_path / "packed/disk.img")
+    assert data.boot and data.offset == (3 << 20 if dax else 1 << 20)
+    assert hashes.size >= verity.tree_size(data.size // verity.BLOCK)
+    assert f"--data-blocks={data.size // 4096}" in build.ran[-1]
+    assert disk.has_dax_header(tmp_path / "packed/disk.img") is dax
+    assert set(build.outputs) == {"image", "verity", "sizes", "files"}
+    names = {artifact.name for artifact in artifacts.of(chosen, "build_image")}
+    assert "root_hash_nvidia-gpu.txt" in names
+    # An initrd of the same guest has none.
+    assert set(stage(chosen, "initrd").outputs) == {"image", "sizes", "files"}
+    assert not stage(chosen, "initrd_config").inputs
+
+
 def test_the_driver_s_disk_is_indexed_in_place_and_checked_where_it_is_mounted(
         default: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("katagpu.check.elf.read_build_id", lambda path: "12ab")
@@ -508,17 +543,19 @@ def test_the_initrd_of_a_guest_with_an_image_has_drop_ins_of_its_own(
     assert "kata-containers-nvidia-gpu-initrd.img" in named.values()
 
 
+@pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("model", list(ImageModel))
 def test_drop_ins_for_both_runtimes(default: Recipe, tmp_path: Path, model: ImageModel,
-                                    monkeypatch: pytest.MonkeyPatch) -> None:
+                                    measured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import tomllib
 
     written: dict[str, bytes] = {}
-    chosen = replace(default, image=replace(default.image, model=model))
+    chosen = replace(default, image=replace(default.image, model=model, verity=measured))
     build = Recorder(stage(chosen, "kata_config"), tmp_path)
     monkeypatch.setattr(build, "put_bytes", written.__setitem__)
     line = str(verity.Verity(root_hash="ab" * 32, salt="01" * 32, data_blocks=9))
-    build.texts["verity"] = f"{line}\n"
+    of_image = str(verity.Verity(root_hash="cd" * 32, salt="23" * 32, data_blocks=7))
+    build.texts |= {"verity": f"{line}\n", "image_verity": f"{of_image}\n"}
     build.stage.make(build)
     tables = {name: tomllib.loads(text.decode())["hypervisor"]["qemu"]
               for name, text in written.items()}
@@ -526,6 +563,7 @@ def test_drop_ins_for_both_runtimes(default: Recipe, tmp_path: Path, model: Imag
     assert "hot_plug_vfio" in tables["config"] and "hot_plug_vfio" not in tables["config_rs"]
     place = "/opt/kata/share/kata-containers"
     for table in tables.values():
+        assert table["kernel_verity_params"] == (of_image if measured else "")
         if model is ImageModel.EXTENSION:
             assert table["image"] == f"{place}/kata-containers-nvidia.img"
             assert table["guest_extension_images"] == [{

@@ -237,7 +237,7 @@ def test_the_facts_of_a_stage(plan: Plan, default: Recipe, tmp_path: Path) -> No
         assert (found.facts.release, found.facts.driver) == (RELEASE, default.driver.version)
         assert found.facts.hook == (
             "/usr/share/oci/hooks/prestart/nvidia-container-toolkit.sh")
-        assert found.facts.verity is split
+        assert found.facts.verity is split and not found.facts.measured
         assert [name for name, _path in found.extensions] == (["gpu"] if split else [])
         assert found.facts.extension == ("/run/kata-extensions/gpu" if split else None)
         assert not found.configuration.nvdimm and set(found.helpers) == {

@@ -81,11 +81,11 @@ def root() -> Path:
 
 
 @pytest.mark.parametrize(("change", "again"), [
-    (lambda old: replace(old, name="other"), {"manifest"}),
+    (lambda old: replace(old, name="other"), {"manifest", "sbom"}),
     (section("distribution", mirror="http://elsewhere.example/debian"), set()),
     (section("driver", kernel_module=KernelModule.CLOSED),
-     {"driver_modules", "rootfs", "manifest"}),
-    (section("driver", version="550.200"), {"driver_modules", "rootfs", "manifest"}),
+     {"driver_modules", "rootfs", "manifest", "sbom"}),
+    (section("driver", version="550.200"), {"driver_modules", "rootfs", "manifest", "sbom"}),
     (section("driver", capabilities=(Capability.COMPUTE,)), {"rootfs", "manifest"}),
     (section("kernel", headers=Headers.RPM), {"kernel", "rpm_tools", "manifest"}),
     (section("kernel", features=("drm",)), {"kernel_config", "rootfs"}),
@@ -93,15 +93,17 @@ def root() -> Path:
     (section("image", compression=Compression.LZ4HC), {"image", "rootfs", "manifest"}),
     (section("image", level=9), {"image"}),
     (section("image", dax_header=True), {"image", "kata_config", "manifest"}),
+    (section("image", verity=True), {"image", "rootfs", "kata_config", "manifest"}),
     (section("image", format=ImageFormat.EXT4, compression=Compression.NONE),
      {"image", "rootfs", "kata_config", "manifest"}),
     (section("rootfs", packages=("curl",)), set()),  # it reaches base through the lock
-    (lambda old: replace(old, vgpu=Vgpu()), {"rootfs", "manifest"}),
+    (lambda old: replace(old, vgpu=Vgpu()), {"rootfs", "manifest", "sbom"}),
     (section("toolkit", source=ToolkitSource.NONE),
      {"toolkit_source", "toolkit", "driver_user", "rootfs", "image", "initrd", "initrd_config",
-      "kata_config", "manifest"}),
+      "kata_config", "manifest", "sbom"}),
 ], ids=["name", "mirror", "flavour", "driver version", "capabilities", "headers", "features",
-        "toolkit version", "compression", "level", "dax", "ext4", "packages", "vgpu", "no toolkit"])
+        "toolkit version", "compression", "level", "dax", "verity", "ext4", "packages", "vgpu",
+        "no toolkit"])
 def test_what_a_recipe_s_change_runs_again(
     default: Recipe, root: Path, change: Change, again: set[str],
 ) -> None:
@@ -127,9 +129,9 @@ def test_a_new_toolkit_from_apt_remakes_what_stands_on_it(
     before = guest.stages(chosen, locked(chosen, root), root)
     assert "toolkit_source" not in before
     after = guest.stages(chosen, locked(chosen, root, toolkit="2"), root)
-    assert changed(digests(before), digests(after)) == {"toolkit", "manifest"}
+    assert changed(digests(before), digests(after)) == {"toolkit", "manifest", "sbom"}
     assert changed(with_inputs(before), with_inputs(after)) == {
-        "toolkit", "driver_user", "rootfs", "image", "initrd", "manifest"}
+        "toolkit", "driver_user", "rootfs", "image", "initrd", "manifest", "sbom"}
 
 
 def test_services_are_a_layer_on_the_driver(default: Recipe, root: Path) -> None:
@@ -140,11 +142,11 @@ def test_services_are_a_layer_on_the_driver(default: Recipe, root: Path) -> None
     below = [ref.stage for role, ref in stages["services"].inputs.items() if role != "stage0"]
     assert below == ["base", "toolkit", "driver_user"]
     assert changed(with_inputs(without), with_inputs(stages)) == {
-        "services", "rootfs", "image", "initrd", "manifest"}
+        "services", "rootfs", "image", "initrd", "manifest", "sbom"}
     layers = stages["image"].options["layers"]
     assert layers.index("services") == layers.index("driver_user") + 1
     after = guest.stages(chosen, locked(chosen, root, services="2"), root)
-    assert changed(digests(stages), digests(after)) == {"services", "manifest"}
+    assert changed(digests(stages), digests(after)) == {"services", "manifest", "sbom"}
 
 
 def test_a_client_token_runs_nothing_again(default: Recipe, root: Path) -> None:
@@ -156,7 +158,8 @@ def test_a_client_token_runs_nothing_again(default: Recipe, root: Path) -> None:
 
 @pytest.mark.parametrize(("group", "again"), [
     ("stage0", {"stage0"}), ("toolchain", {"toolchain"}), ("imagetools", {"imagetools"}),
-    ("base", {"base", "manifest"}), ("driver_user", {"driver_user", "manifest"}),
+    ("base", {"base", "manifest", "sbom"}),
+    ("driver_user", {"driver_user", "manifest", "sbom"}),
     ("driver_source", {"driver_modules"}), ("kernel_source", {"kernel_source"}),
 ])
 def test_what_a_new_package_runs_again(
@@ -214,7 +217,7 @@ def test_an_agent_is_in_its_own_key_by_content(
     with_agent = replace(default, agent=Agent(file=str(agent)))
     before = digests(guest.stages(default, lock, root))
     first = digests(guest.stages(with_agent, lock, root))
-    assert changed(before, first) == {"agent", "rootfs", "manifest"}
+    assert changed(before, first) == {"agent", "rootfs", "manifest", "sbom"}
     agent.write_text("two")
     assert changed(first, digests(guest.stages(with_agent, lock, root))) == {"agent"}
 
@@ -281,7 +284,7 @@ def test_a_task_makes_the_stages_of_its_artifacts(
 BASE_STAGES = {"stage0", "toolchain", "imagetools", "base", "extension_tools", "kernel_source",
                "kernel_config", "kernel", "toolkit_source", "toolkit", "rootfs", "image"}
 OF_DRIVER = {"driver_modules", "driver_user", "extension_root", "extension", "kata_config",
-             "manifest"}
+             "manifest", "sbom"}
 
 
 @pytest.fixture(scope="module")
@@ -327,19 +330,20 @@ def test_both_models_share_all_that_takes_long(
     one = chained(guest.stages(default, locked(default, root), root))
     two = chained(guest.stages(split, locked(split, root), root))
     assert changed(one, two) == {"extension_tools", "rootfs", "image", "initrd", "initrd_config",
-                                 "extension_root", "extension", "kata_config", "manifest"}
+                                 "extension_root", "extension", "kata_config", "manifest", "sbom"}
 
 
 @pytest.mark.parametrize(("change", "again"), [
     (section("image", level=9), {"image", "extension"}),
     (section("image", dax_header=True), {"image", "kata_config", "manifest"}),
+    (section("image", verity=True), {"image", "rootfs", "kata_config", "manifest"}),
     (section("image", compression=Compression.LZ4HC),
      {"image", "rootfs", "extension_root", "extension", "manifest"}),
     # The disk stays erofs, with the compressor that it had.
     (section("image", format=ImageFormat.EXT4, compression=Compression.NONE),
      {"image", "rootfs", "kata_config", "manifest"}),
-    (lambda old: replace(old, name="other"), {"kata_config", "manifest"}),
-], ids=["level", "dax", "compression", "ext4", "name"])
+    (lambda old: replace(old, name="other"), {"kata_config", "manifest", "sbom"}),
+], ids=["level", "dax", "verity", "compression", "ext4", "name"])
 def test_what_a_change_of_the_image_runs_again(
     split: Recipe, root: Path, change: Change, again: set[str],
 ) -> None:

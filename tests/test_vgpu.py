@@ -99,6 +99,15 @@ def test_what_no_schema_can_say(
     assert all(message in what for _steps, what in found[1:])
 
 
+def test_a_token_in_the_image_and_a_root_hash(default: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "token.tok").write_text("secret")
+    wanted = replace(default, image=replace(default.image, verity=True),
+                     vgpu=Vgpu(embed_token=True, token_file="token.tok"))
+    found = [what for steps, what, _hint in problems(wanted, default.name, tmp_path)
+             if steps == ("vgpu", "embed_token")]
+    assert len(found) == 1 and "another root hash" in found[0]
+
+
 def test_a_package_without_the_licence_client_is_refused() -> None:
     vgpu.require_grid(is_grid=True, package="x.run")
     with pytest.raises(UserError, match=r"x\.run is no GRID guest driver") as caught:

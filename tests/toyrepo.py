@@ -51,12 +51,12 @@ OUTPUTS = {
     "driver_modules": ["modules"], "driver_user": ["layer"], "toolkit": ["layer"],
     "rootfs": ["report"], "image": ["image", "sizes", "files"], "initrd": ["image"],
     "kata_config": ["config", "config_rs"], "initrd_config": ["config", "config_rs"],
-    "manifest": ["manifest"],
+    "sbom": ["spdx", "cyclonedx", "licences"], "manifest": ["manifest"],
 }
 NEEDS = {
     "kernel": ["kernel_config"], "driver_modules": ["kernel"], "image": ["rootfs"],
     "initrd": ["rootfs"], "rootfs": ["driver_modules", "driver_user", "toolkit"],
-    "manifest": ["image", "kata_config"],
+    "sbom": ["image"], "manifest": ["image", "kata_config", "sbom"],
 }
 
 def make(build):

@@ -23,7 +23,8 @@ class Facts:
     """The guest as it was built; what it is compared with in the machine.
 
     `build_id` is vmlinux's. `extension` is where a disk with the driver is mounted, `hook` the
-    guest's OCI hook; `capabilities` are the driver's.
+    guest's OCI hook; `capabilities` are the driver's. That disk (`verity`) and the image
+    (`measured`) have hash trees.
     """
 
     release: str
@@ -37,6 +38,7 @@ class Facts:
     agent: bool = False
     extension: str | None = None
     verity: bool = False
+    measured: bool = False
     hook: str | None = None
 
 

@@ -23,6 +23,7 @@ TROUBLE = re.compile(
 # Units that cannot work with a GPU that has no firmware of its own.
 NEED_A_GPU = {"nvidia-persistenced.service", "nvidia-cdi.service", "nvidia-dcgm.service",
               "nvidia-fabricmanager.service", "nvidia-gridd.service", "nvidia-topologyd.service"}
+KATA_DM = "dm-verity"  # the image's device, by Kata's dm-mod.create
 NO_MATCH = "the image and the kernel are not of one build"
 REBUILD = "./doitw build_image, and install all of its files together"
 
@@ -94,8 +95,7 @@ def root(session: Session) -> list[str]:
     """The root is read-only, and of the file system that was packed."""
     if session.facts.root_format == "initrd":
         raise Skipped("an initrd is its own root")
-    rows = [line.split() for line in session.guest.text("/proc/self/mountinfo").splitlines()]
-    row = next(row for row in rows if row[4] == "/")
+    row = next(row for row in mounts(session) if row[4] == "/")
     tail = row[row.index("-") + 1:]
     if tail[0] != session.facts.root_format or "ro" not in tail[2].split(","):
         raise Failed("the root is not mounted as it should be", [" ".join(row)],
@@ -104,15 +104,27 @@ def root(session: Session) -> list[str]:
     return [" ".join(row)]
 
 
+def mounts(session: Session) -> list[list[str]]:
+    """The fields of each line of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
+    return [line.split() for line in session.guest.text("/proc/self/mountinfo").splitlines()]
+
+
 def verity(session: Session) -> list[str]:
     """What has a hash tree is mounted through it."""
-    if not session.facts.verity:
+    facts = session.facts
+    if not (facts.verity or facts.measured):
         raise Skipped("neither the image nor a disk of the driver has a hash tree here")
     guest = session.guest
     names = guest.shell("cat /sys/block/dm-*/dm/name /sys/block/dm-*/dm/uuid").said
     status = guest.shell("for dm in /sys/block/dm-*; do echo $dm $(cat $dm/ro); done").said
-    if not any("VERITY" in line for line in names) or not all(
-            line.endswith(" 1") for line in status):
+    opened = any("VERITY" in line for line in names) if facts.verity else True
+    if facts.measured:
+        # The kernel's own, from its command line: by that name, without a UUID.
+        device = next(row[2] for row in mounts(session) if row[4] == "/")
+        devices = guest.shell("cat /sys/block/dm-*/dev").said
+        status = [*status, f"/ is {device} of {' '.join(devices)}"]
+        opened = opened and KATA_DM in names and device in devices
+    if not opened or not all(line.endswith(" 1") for line in status if line.startswith("/sys/")):
         raise Failed("no device of dm-verity is in use", [*names, *status, *session.tail()],
                      cause="the guest mounts the disk without its hash tree, or the kernel lacks "
                            "DM_VERITY", cure="kernel-configs: keep DM_VERITY and DM_INIT; the Kata "

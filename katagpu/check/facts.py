@@ -78,9 +78,9 @@ class GuestFacts:
 
     `kernel_build_id` is the hex digits of vmlinux's build id (`elf.read_build_id`); the module
     directory's record of it is compared with it. `compressor` is the image's: for erofs lz4, lz4hc,
-    lzma, deflate or zstd, for an initrd gzip, bzip2, lzma, xz, lzo, lz4 or zstd. `vgpu`: the guest
-    has NVIDIA's licence client. `extension` is where a disk with the driver is mounted; without
-    `driver` it is not, and the base is alone.
+    lzma, deflate or zstd, for an initrd gzip, bzip2, lzma, xz, lzo, lz4 or zstd. `verity`: the
+    image has a hash tree. `vgpu`: the guest has NVIDIA's licence client. `extension` is where a
+    disk with the driver is mounted; without `driver` it is not, and the base is alone.
     """
 
     kernel_release: str
@@ -94,6 +94,7 @@ class GuestFacts:
     vgpu: bool = False
     root_format: RootFormat = RootFormat.EROFS
     compressor: str | None = None
+    verity: bool = False
     extension: str | None = None
     allow: tuple[Allow, ...] = ()
 

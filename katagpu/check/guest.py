@@ -33,6 +33,12 @@ def image_format(guest: Guest) -> Iterator[Fault]:
                                        guest.facts.compressor)
 
 
+def image_verity(guest: Guest) -> Iterator[Fault]:
+    """The kernel makes the verified root by itself, where the image has a hash tree."""
+    if guest.facts.verity:
+        yield from kernelconfig.unverifiable(guest.config)
+
+
 def layout(guest: Guest) -> Iterator[Fault]:
     """/sbin/init, the mount points, /var/run and /etc/resolv.conf are as the agent wants them."""
     root = guest.root

@@ -1,4 +1,4 @@
-"""A kernel's configuration, and whether such a kernel reads what a root is packed as."""
+"""A kernel's configuration, and whether such a kernel mounts what a root is packed as."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ COMPRESSORS = {
 }
 FORMATS = {RootFormat.EROFS: "EROFS_FS", RootFormat.INITRD: "BLK_DEV_INITRD",
            RootFormat.EXT4: "EXT4_FS"}
+# Without initramfs the kernel makes the device from its command line (dm-init.rst). DM_VERITY
+# selects no hash by itself.
+VERITY = ("BLK_DEV_DM", "DM_INIT", "DM_VERITY", "CRYPTO_SHA256")
 
 
 def read(path: Path) -> Mapping[str, str]:
@@ -47,3 +50,14 @@ def unreadable(config: Mapping[str, str], root_format: RootFormat,
                              "be mounted", where="kernel config",
                         cure=f"ask for CONFIG_{symbol}=y in a fragment, or choose another "
                              "compressor")
+
+
+def unverifiable(config: Mapping[str, str]) -> Iterator[Fault]:
+    """What keeps this kernel from verifying its root with dm-verity."""
+    for symbol in VERITY:
+        if config.get(symbol) != "y":
+            yield Fault(what=f"the image has a hash tree, and CONFIG_{symbol} is "
+                             f"{config.get(symbol, 'not set')}: its root cannot be verified",
+                        where="kernel config",
+                        cure=f"ask for CONFIG_{symbol}=y in a fragment, or say `image: {{verity: "
+                             "false}` in the recipe")

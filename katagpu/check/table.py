@@ -63,6 +63,7 @@ CHECKS = (
     Check(id="depmod-alias", find=modindex.aliases),
     Check(id="modprobe-nvidia", find=modindex.modprobe),
     Check(id="image-format", find=guest.image_format),
+    Check(id="image-verity", find=guest.image_verity),
     Check(id="guest-layout", find=guest.layout),
     Check(id="guest-programs", find=guest.programs),
     Check(id="guest-agent", find=guest.agent),

@@ -96,7 +96,7 @@ def check(recipe: Recipe, qemu: Callable[[], Qemu], *, lesser: bool = False) -> 
                  "toolkit": layers.toolkit_mode(recipe), "agent": recipe.agent is not None,
                  "format": str(recipe.image.format), "split": split,
                  "device": chosen.device, "boot0": chosen.boot0, "boot42": chosen.boot42,
-                 "bar1_gib": chosen.bar1_gib, "memory": chosen.memory})
+                 "bar1_gib": chosen.bar1_gib, "memory": chosen.memory, **layers.verity(recipe)})
 
 
 def record() -> Stage:
@@ -126,7 +126,8 @@ def guest(build: Build) -> runner.Guest:
         build_id=elf.read_build_id(build.blob("vmlinux")), root_format=options["format"],
         driver=driver.get("version"), flavour=driver.get("flavour"),
         capabilities=tuple(driver.get("capabilities", ())), toolkit=options["toolkit"],
-        agent=options["agent"], extension=layers.EXTENSION_ROOT if split else None, verity=split,
+        agent=options["agent"], extension=layers.EXTENSION_ROOT if split else None,
+        verity=split, measured=options.get("verity", False),
         hook=HOOK if options["toolkit"] == "hook" else None)
     extensions = [(layers.EXTENSION, build.blob("extension"))] if split else []
     return runner.Guest(

@@ -20,7 +20,7 @@ INPUTS = {"release": Ref(stage="kernel", output="release"),
 
 def check(build: Build, roots: Sequence[Root], *, driver: dict[str, Any] | None, toolkit: str,
           agent: bool, vgpu: bool, root_format: str, compressor: str | None,
-          extension: str | None) -> list[Finding]:
+          extension: str | None, verity: bool = False) -> list[Finding]:
     """Run the checks in the namespace that owns the files; warnings go to the terminal.
 
     The facts are those of `assembly.check` that only the stage knows; the kernel's come from the
@@ -31,7 +31,8 @@ def check(build: Build, roots: Sequence[Root], *, driver: dict[str, Any] | None,
         "symvers": str(build.blob("symvers")), "kernel_config": str(build.blob("config")),
         "kernel_build_id": elf.read_build_id(build.blob("vmlinux")),
         "driver": driver, "toolkit": toolkit, "agent": agent, "vgpu": vgpu,
-        "root_format": root_format, "compressor": compressor, "extension": extension})
+        "root_format": root_format, "compressor": compressor, "extension": extension,
+        "verity": verity})
     findings = [Finding(check=item["check"], severity=Severity(item["severity"]),
                         what=item["what"], where=item["where"], cure=item["cure"])
                 for item in found]

@@ -12,7 +12,7 @@ from katagpu.lock import Lock
 from katagpu.schema import DriverSource, Headers, ImageFormat, Recipe
 from katagpu.stages import repository
 from katagpu.stages.api import Build, Ref, Stage
-from katagpu.stages.layers import EXTENSION, RUN, split, toolkit_mode
+from katagpu.stages.layers import EXTENSION, RUN, split, toolkit_mode, verity
 from katagpu.store import Kind
 
 MODULE = "stages.final"
@@ -34,11 +34,15 @@ PARTS = {"image": Ref(stage="image", output="image"),
          "kata_config": Ref(stage="kata_config", output="config"),
          "sizes": Ref(stage="image", output="sizes"),
          "files": Ref(stage="image", output="files"),
-         "kata_config_rs": Ref(stage="kata_config", output="config_rs")}
+         "kata_config_rs": Ref(stage="kata_config", output="config_rs"),
+         "sbom_spdx": Ref(stage="sbom", output="spdx"),
+         "sbom_cyclonedx": Ref(stage="sbom", output="cyclonedx"),
+         "licences": Ref(stage="sbom", output="licences")}
 DISK = {"extension": Ref(stage="extension", output="image"),
         "extension_sizes": Ref(stage="extension", output="sizes"),
         "extension_files": Ref(stage="extension", output="files")}
 VERITY = Ref(stage="extension", output="verity")
+IMAGE_VERITY = Ref(stage="image", output="verity")
 
 
 def image_file(recipe: Recipe) -> str:
@@ -63,7 +67,13 @@ def kata_config(recipe: Recipe) -> Stage:
                  make=make_kata_config, outputs={"config": Kind.FILE, "config_rs": Kind.FILE},
                  options={"format": str(recipe.image.format), "dax": recipe.image.dax_header,
                           "image": image, "toolkit": toolkit_mode(recipe), **extension},
-                 inputs={"verity": VERITY} if split(recipe) else {})
+                 inputs=_hash_trees(recipe))
+
+
+def _hash_trees(recipe: Recipe) -> dict[str, Ref]:
+    """The lines of verity parameters: of the driver's disk, and of the image."""
+    return {**({"verity": VERITY} if split(recipe) else {}),
+            **({"image_verity": IMAGE_VERITY} if recipe.image.verity else {})}
 
 
 def initrd_config(recipe: Recipe) -> Stage:
@@ -84,14 +94,19 @@ def make_kata_config(build: Build) -> None:
     if "extension" in options:
         extensions = (kataconfig.Extension(
             name=EXTENSION, path=f"{PLACE}/{options['extension']}",
-            verity_params=build.blob("verity").read_text().strip()),)
+            verity_params=_line(build, "verity")),)
     for output, shim in (("config", kataconfig.Shim.GO), ("config_rs", kataconfig.Shim.RUST)):
         settings = kataconfig.KataSettings(
             shim=shim, kernel=f"{PLACE}/{KERNEL}", image=None if initrd else image,
             initrd=image if initrd else None, dax_header=options["dax"],
             rootfs_type="ext4" if initrd else options["format"],
+            kernel_verity_params=_line(build, "image_verity"),
             toolkit_mode=kataconfig.ToolkitMode(options["toolkit"]), extensions=extensions)
         build.put_bytes(output, kataconfig.render_drop_in(settings).encode())
+
+
+def _line(build: Build, name: str) -> str:
+    return build.blob(name).read_text().strip() if name in build.inputs else ""
 
 
 def manifest(recipe: Recipe, lock: Lock, root: Path) -> Stage:
@@ -115,7 +130,7 @@ def manifest(recipe: Recipe, lock: Lock, root: Path) -> Stage:
         "vgpu": vgpu.settings(recipe),
         "image": {"model": str(recipe.image.model), "format": str(recipe.image.format),
                   "compression": str(recipe.image.compression),
-                  "dax_header": recipe.image.dax_header},
+                  "dax_header": recipe.image.dax_header, **verity(recipe)},
         "packages": packages,
     }
     headers = "headers_rpm" if kernel.headers is Headers.RPM else "headers"
@@ -125,8 +140,8 @@ def manifest(recipe: Recipe, lock: Lock, root: Path) -> Stage:
     if driver.source is DriverSource.RUNFILE:
         inputs["run"] = RUN
     if split(recipe):
-        inputs |= {**DISK, "verity": VERITY,
-                   "extension_report": Ref(stage="extension_root", output="report")}
+        inputs |= {**DISK, "extension_report": Ref(stage="extension_root", output="report")}
+    inputs |= _hash_trees(recipe)
     if recipe.agent is not None:
         inputs["agent"] = Ref(stage="agent", output="agent")
     return Stage(name="manifest", title="manifest", module=MODULE, make=make_manifest,
@@ -145,8 +160,9 @@ def make_manifest(build: Build) -> None:
                **_given(build), "parts": {name: parts[name] for name in listed},
                "checks": [line for name in reports
                           for line in build.blob(name).read_text().splitlines()]}
-    if "verity" in build.inputs:
-        content["verity_params"] = build.blob("verity").read_text().strip()
+    for name, field in (("verity", "verity_params"), ("image_verity", "kernel_verity_params")):
+        if name in build.inputs:
+            content[field] = _line(build, name)
     build.put_bytes("manifest", (json.dumps(content, indent=2) + "\n").encode())
 
 

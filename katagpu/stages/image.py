@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from katagpu import filesystem, log, newc, packing
+from katagpu import filesystem, log, newc, packing, verity
 from katagpu.check import kernelconfig
 from katagpu.check.facts import RootFormat
 from katagpu.errors import StepError
 from katagpu.keys import digest
 from katagpu.sandbox import Root
 from katagpu.schema import Compression, Image, ImageFormat, ImageModel, Recipe
-from katagpu.stages import disks
+from katagpu.stages import disks, layers
 from katagpu.stages.api import Build, Ref, Stage
-from katagpu.stages.layers import chain, stack
 from katagpu.store import Kind, writing
 from katagpu.tree import EPOCH
 
 MODULE = "stages.image"
-PACKED = (disks.FS, "disk.img", "tree.tar", "initrd")  # all files that `pack` writes itself
+PACKED = (disks.FS, "disk.img", "tree.tar", "initrd")  # what `pack` writes without a hash tree
 
 
 def image(recipe: Recipe) -> Stage:
@@ -50,28 +50,32 @@ def initrd(recipe: Recipe) -> Stage:
 
 def _stage(recipe: Recipe, name: str, title: str, chosen: Image,
            more: Mapping[str, Ref] = MappingProxyType({})) -> Stage:
-    layers = {**chain(recipe), "rootfs": Ref(stage="rootfs", output="layer")}
+    lower = {**layers.chain(recipe), "rootfs": Ref(stage="rootfs", output="layer")}
+    hashed: dict[str, bool] = {"verity": True} if chosen.verity else {}
     level = chosen.level if chosen.level is not None else disks.LEVELS[chosen.compression]
     return Stage(name=name, title=title, module=MODULE, make=make_image,
-                 outputs={"image": Kind.FILE, "sizes": Kind.FILE, "files": Kind.FILE},
+                 outputs={"image": Kind.FILE, "sizes": Kind.FILE, "files": Kind.FILE,
+                          **dict.fromkeys(hashed, Kind.FILE)},
                  options={"format": str(chosen.format), "compression": str(chosen.compression),
                           "level": level, "dax_header": chosen.dax_header,
-                          "layers": list(layers)},
-                 inputs={**layers, **more, "tools": Ref(stage="imagetools", output="root")})
+                          "layers": list(lower), **hashed},
+                 inputs={**lower, **more, "tools": Ref(stage="imagetools", output="root")})
 
 
 def make_image(build: Build) -> None:
     """Pack the merged layers; the identity of what is packed names UUID and disk signature."""
     if "config" in build.inputs:
         _must_be_readable(build)
-    guest = Root(lower=stack(build), special=False)
+    guest = Root(lower=layers.stack(build), special=False)
     with writing(build.store.root):
-        target = pack(build, guest, build.directory("packed"))
+        packed = pack(build, guest, build.directory("packed"))
     files = build.scratch / "files"
     sizes = build.inside(packing.survey, [guest], target=str(files))
     build.put_file("files", files)
     build.put_bytes("sizes", json.dumps(sizes, indent=1).encode())
-    build.put_file("image", target)
+    if packed.verity is not None:
+        build.put_bytes("verity", f"{packed.verity}\n".encode())
+    build.put_file("image", packed.file)
 
 
 def _must_be_readable(build: Build) -> None:
@@ -85,29 +89,36 @@ def _must_be_readable(build: Build) -> None:
                         hint=faults[0].cure)
 
 
-def pack(build: Build, guest: Root, out: Path) -> Path:
-    """Pack a root in the image's format; where the result is. Its content goes into `out` alone.
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """An image, and its hash tree where it has one."""
+
+    file: Path
+    verity: verity.Verity | None = None
+
+
+def pack(build: Build, guest: Root, out: Path) -> Packed:
+    """Pack a root in the image's format. Its content goes into `out` alone.
 
     The files there keep the mode that they have, should they be there before (`PACKED`).
     """
     identity = digest([build.inputs[name].identity for name in build.options["layers"]])
-    packers = {ImageFormat.EROFS: _erofs, ImageFormat.EXT4: _ext4, ImageFormat.INITRD: _initrd}
-    return packers[ImageFormat(build.options["format"])](build, guest, identity, out)
+    packer = _initrd if build.options["format"] == ImageFormat.INITRD else _disk
+    return packer(build, guest, identity, out)
 
 
-def _erofs(build: Build, guest: Root, identity: str, out: Path) -> Path:
-    dax = build.options["dax_header"]
-    size = disks.erofs(build, guest, identity, out, dax=dax)
-    return disks.write(build, identity, size, out, dax=dax)
+def _disk(build: Build, guest: Root, identity: str, out: Path) -> Packed:
+    dax, hashed = build.options["dax_header"], build.options.get("verity", False)
+    make = {ImageFormat.EROFS: disks.erofs, ImageFormat.EXT4: disks.ext4}
+    size = make[ImageFormat(build.options["format"])](build, guest, identity, out, dax=dax,
+                                                      hashed=hashed)
+    if not hashed:
+        return Packed(file=disks.write(build, identity, size, out, dax=dax))
+    target, known = disks.write_hashed(build, identity, size, out, dax=dax)
+    return Packed(file=target, verity=known)
 
 
-def _ext4(build: Build, guest: Root, identity: str, out: Path) -> Path:
-    dax = build.options["dax_header"]
-    size = disks.ext4(build, guest, identity, out, dax=dax)
-    return disks.write(build, identity, size, out, dax=dax)
-
-
-def _initrd(build: Build, guest: Root, identity: str, out: Path) -> Path:
+def _initrd(build: Build, guest: Root, identity: str, out: Path) -> Packed:
     """The merged tree as newc, compressed; `identity` has no place in the format."""
     del identity
     tar, archive = out / "tree.tar", out / "initrd"
@@ -117,7 +128,7 @@ def _initrd(build: Build, guest: Root, identity: str, out: Path) -> Path:
     for name in lost:
         log.warn(f"initrd: /{name} loses its capabilities, which newc cannot hold")
     if build.options["compression"] == "none":
-        return archive
+        return Packed(file=archive)
     place = disks.OUT / "initrd"
     disks.tool(build, filesystem.pack(place, level=build.options["level"]), out)
-    return out / filesystem.packed(place).name
+    return Packed(file=out / filesystem.packed(place).name)

@@ -90,6 +90,11 @@ def compressor(recipe: Recipe) -> str | None:
     return None if name == "none" else name
 
 
+def verity(recipe: Recipe) -> dict[str, bool]:
+    """The option of stages that a hash tree of the image changes; none where it has none."""
+    return {"verity": True} if recipe.image.verity else {}
+
+
 def extension_compression(recipe: Recipe) -> str:
     """The compressor of the driver's disk, which is erofs whatever the base image is."""
     return str(recipe.image.compression if recipe.image.format is ImageFormat.EROFS else "zstd")

@@ -46,7 +46,8 @@ def rootfs(recipe: Recipe, root: Path) -> Stage:
                           "drm": "drm" in recipe.kernel.features,
                           "vgpu": vgpu.settings(recipe),
                           "format": str(recipe.image.format),
-                          "compressor": layers.compressor(recipe)},
+                          "compressor": layers.compressor(recipe),
+                          **layers.verity(recipe)},
                  inputs=inputs, files=files)
 
 
@@ -69,7 +70,7 @@ def make_rootfs(build: Build) -> None:
         build, plain, driver=options["driver"], toolkit=options["toolkit"],
         agent="agent" in build.inputs, root_format=options["format"],
         compressor=options["compressor"], extension=options["extension"],
-        vgpu=options["vgpu"] is not None)
+        verity=options.get("verity", False), vgpu=options["vgpu"] is not None)
     build.put_bytes("report", consistency.report(findings))
     raise_on(findings)
     build.put_tree("layer", upper, overlay=True, final=True)

@@ -117,6 +117,22 @@ def test_verity(scripted: Make, names: Said | str, status: str, passes: bool) ->
         assert failed(system.verity, found.session, "no device of dm-verity").lines
 
 
+@pytest.mark.parametrize(("names", "devices", "passes"), [
+    ("dm-verity\n", "253:0\n", True),
+    ("dm-verity\n", "253:1\n", False),
+    ("extension-gpu\nCRYPT-VERITY-1-extension-gpu\n", "253:0\n", False)])
+def test_verity_of_the_root(scripted: Make, names: str, devices: str, passes: bool) -> None:
+    """The kernel's own device has Kata's name and no UUID, and is what is mounted on /."""
+    found = scripted(measured=True)
+    found.tables.files["/proc/self/mountinfo"] = MOUNT.replace("254:0", "253:0")
+    found.tables.programs |= {"dm/name": names, "for dm in": "/sys/block/dm-0 1\n",
+                              r"/dev$": devices}
+    if passes:
+        assert system.verity(found.session)[-1] == "/ is 253:0 of 253:0"
+    else:
+        assert failed(system.verity, found.session, "no device of dm-verity").lines
+
+
 def test_extension(scripted: Make) -> None:
     found = scripted(extension=PLACE)
     row = f"60 24 253:0 / {PLACE} ro - erofs /dev/mapper/extension-gpu ro"

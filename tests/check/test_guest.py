@@ -28,6 +28,18 @@ def test_the_kernel_reads_the_image(toy: Toy, facts: dict[str, object], symbol: 
     assert toy.ids(**facts) == {"image-format"}
 
 
+@pytest.mark.parametrize("symbol", ["BLK_DEV_DM", "DM_INIT", "DM_VERITY", "CRYPTO_SHA256"])
+def test_the_kernel_verifies_the_image(toy: Toy, symbol: str) -> None:
+    config = toy.facts.kernel_config
+    symbols = {"BLK_DEV_DM", "DM_INIT", "DM_VERITY", "CRYPTO_SHA256"}
+    with config.open("a") as stream:
+        stream.writelines(f"CONFIG_{name}=y\n" for name in sorted(symbols))
+    assert toy.ids(verity=True) == set()
+    config.write_text(config.read_text().replace(f"CONFIG_{symbol}=y", f"CONFIG_{symbol}=m"))
+    assert "image-verity" in toy.ids(verity=True)
+    assert "image-verity" not in toy.ids()
+
+
 def test_a_compressor_that_no_kernel_has(toy: Toy) -> None:
     assert toy.ids(compressor="brotli") == {"image-format"}
     assert toy.ids(compressor="lzma") == {"image-format"}

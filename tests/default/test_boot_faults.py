@@ -56,7 +56,7 @@ class Booted:
         self.image.enter(["sh", "-euc", script], [Root(lower=lower, upper=upper)], binds=binds,
                          env={"RELEASE": self.guest.facts.release})
         root = Root(lower=lower, upper=upper, special=False)
-        return image.pack(self.image, root, self.image.directory(f"{name}-packed"))
+        return image.pack(self.image, root, self.image.directory(f"{name}-packed")).file
 
     def check(self, *boots: str, **changes: Any) -> Report:
         """The report on the guest with other parts or facts, of these machines or all."""

@@ -77,6 +77,23 @@ def test_ext4_as_persistent_memory(booting: Booting) -> None:
     assert "/dev/pmem0p1" in evidence(report, "root") and "dax" in evidence(report, "root")
 
 
+def test_a_hash_tree_of_the_image(booting: Booting) -> None:
+    """On a virtio disk, where `/` is the device that the kernel made of Kata's command line."""
+    report = booting.check("measured", image=replace(booting.context.recipe.image, verity=True))
+    assert bootguest.failed(report) == {}
+    assert bootguest.skipped(report) == {*ALONE, "extension"}
+    assert "dm-verity" in evidence(report, "verity")
+    assert "/dev/root" in evidence(report, "root") or "dm-0" in evidence(report, "root")
+
+
+def test_a_hash_tree_of_ext4_as_persistent_memory(booting: Booting) -> None:
+    report = booting.check("measured-dax", image=replace(
+        booting.context.recipe.image, format=ImageFormat.EXT4, compression=Compression.NONE,
+        level=None, dax_header=True, verity=True))
+    assert bootguest.failed(report) == {}
+    assert "dm-verity" in evidence(report, "verity")
+
+
 def test_initrd(booting: Booting) -> None:
     recipe = booting.context.recipe
     report = booting.check("initrd", image=replace(recipe.image, format=ImageFormat.INITRD))

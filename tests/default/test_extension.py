@@ -193,3 +193,18 @@ def test_drop_ins_and_manifest_name_both_disks(split: Split) -> None:
                             for path in split.files("extension").rglob("*"))}
     assert "cryptsetup-bin" in manifest["packages"]
     assert manifest["checks"] == ["every check passed"] * 2
+
+
+def test_the_documents_are_of_both_disks(split: Split) -> None:
+    bom = json.loads(split.blob("sbom", "cyclonedx").read_text())
+    named = {prop["name"]: prop["value"] for prop in bom["metadata"]["component"]["properties"]}
+    assert set(named.values()) == {f"sha256:{split.output(stage, 'image').identity}"
+                                   for stage in ("image", "extension")}
+    names = {each["name"] for each in bom["components"]}
+    # A package of the base, its reader of verity, one of the driver's disk, and one of neither.
+    assert {"systemd", "cryptsetup-bin", "libcuda1"} <= names and "nvidia-support" not in names
+    (driver,) = [each for each in bom["components"] if each["name"] == "nvidia-driver"]
+    assert all(file["name"].startswith(f"{layers.EXTENSION_ROOT}/")
+               for file in driver["components"])
+    assert driver["licenses"][0]["license"]["name"] == "NVIDIA-graphics-drivers"
+    assert "github.com/NVIDIA/nvidia-container-toolkit" in names
