@@ -14,9 +14,11 @@ from katagpu.tasks import ROOT, Task
 
 if TYPE_CHECKING:
     from katagpu.context import Context
+    from katagpu.lock import Lock
     from katagpu.release.assemble import Order, Piece
     from katagpu.release.host import Host
     from katagpu.release.signing import Signer
+    from katagpu.statement import Built
 
 
 def _context() -> Context:
@@ -59,7 +61,7 @@ def release() -> Task:
 def order(context: Context, version: str, commit: str, signer: Signer | None) -> Order:
     """What is released of a guest that is built and checked. Raises `UserError`, `StepError`."""
     from katagpu import embed
-    from katagpu.release import assemble, provenance
+    from katagpu.release import assemble
 
     recipe, lock = context.recipe, context.locked()
     embed.refuse(context.directory)
@@ -67,8 +69,21 @@ def order(context: Context, version: str, commit: str, signer: Signer | None) ->
         raise StepError("the build changed while it was released", hint="run it again")
     return assemble.Order(
         recipe=recipe.name, version=version, signer=signer, pieces=list(pieces(context)),
-        licensed=recipe.vgpu is not None, resolved=provenance.dependencies(commit, lock),
-        facts={"driver": recipe.driver.version, "request": lock.request})
+        licensed=recipe.vgpu is not None, built=_built(context, lock, commit, version))
+
+
+def _built(context: Context, lock: Lock, commit: str, version: str) -> Built:
+    """What a release was made from: the commit, and all that the lock and the store know."""
+    from msgspec import to_builtins
+
+    from katagpu import materials
+    from katagpu.statement import Built, Material
+
+    recipe, plan = context.recipe, context.plan
+    repository = Material(uri="git+katagpu", name="repository", digest={"gitCommit": commit})
+    actions = {stage: plan.digest(stage) or "" for stage in plan.closure("manifest")}
+    return Built(recipe=to_builtins(recipe), actions=actions, overrides={"version": version},
+                 materials=[repository, *materials.of(recipe, lock, plan, context.root)])
 
 
 def pieces(context: Context) -> Iterator[Piece]:

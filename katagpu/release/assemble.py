@@ -11,18 +11,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from katagpu import log
+from katagpu import log, statement
 from katagpu.embed import MARKER
 from katagpu.errors import UserError
 from katagpu.files import clone_or_copy, sync
 from katagpu.release import layout, notes, provenance, pyz
 from katagpu.release.layout import File, Release
 from katagpu.release.signing import Signer
+from katagpu.statement import Built
 
 _ENDING = re.compile(r"((\.spdx|\.cdx|\.cyclonedx)?\.json"
                      r"|\.image|\.initrd|\.deb|\.rpm|\.toml|\.txt|\.xml|\.mtree)$")
@@ -40,15 +40,14 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What is released. `resolved` and `facts` go into the provenance; no signer: unsigned."""
+    """What is released. `built` is its provenance; no signer: unsigned."""
 
     recipe: str
     version: str
     pieces: Sequence[Piece]
     signer: Signer | None
+    built: Built
     licensed: bool = False
-    resolved: Sequence[Mapping[str, Any]] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def versioned(name: str, version: str) -> str:
@@ -172,13 +171,13 @@ def _notes(part: Path, release: Release, top: Path, place: Path) -> None:
 
 
 def _provenance(order: Order, part: Path, place: Path) -> None:
-    parameters = {"recipe": order.recipe, "version": order.version}
-    statement = provenance.statement(_digests(part), parameters, order.resolved, order.facts)
+    content = statement.statement(_digests(part), order.built)
+    payload = (json.dumps(content, indent=1) + "\n").encode()
     if order.signer is None:
-        (part / f"provenance-{order.version}.json").write_bytes(statement)
+        (part / f"provenance-{order.version}.json").write_bytes(payload)
         return
     name = f"provenance-{order.version}.intoto.jsonl"
-    (part / name).write_bytes(provenance.envelope(statement, order.signer, _old(place / name)))
+    (part / name).write_bytes(provenance.envelope(payload, order.signer, _old(place / name)))
 
 
 def _sign(order: Order, part: Path, place: Path, sums: bytes) -> None:

@@ -13,8 +13,7 @@ import pytest
 from katagpu import finished
 from katagpu.embed import MARKER
 from katagpu.errors import UserError
-from katagpu.lock import Deb, Lock
-from katagpu.release import assemble, layout, notes, provenance, signature, signing
+from katagpu.release import assemble, layout, notes, signature, signing
 from katagpu.release.assemble import Piece
 from tests import toybuild
 from tests.release import toyrelease
@@ -154,16 +153,3 @@ def test_what_a_killed_run_left(tmp_path: Path) -> None:
     (left / "file").touch()
     toyrelease.make(tmp_path)
     assert not left.exists()
-
-
-def test_what_it_was_made_from() -> None:
-    def deb(name: str, digest: str) -> Deb:
-        return Deb(package=name, version="1", architecture="amd64", size=1, sha256=digest * 64,
-                   url=f"http://archive.example/{name}.deb")
-
-    lock = Lock(recipe="toy", request="r", groups={"base": (deb("b", "b"), deb("a", "a")),
-                                                   "tools": (deb("a", "a"),)})
-    found = provenance.dependencies("c" * 40, lock)
-    assert [one["name"] for one in found] == ["repository", "a 1", "b 1"]
-    assert found[0]["digest"] == {"gitCommit": "c" * 40}
-    assert found[1]["uri"] == "http://archive.example/a.deb"

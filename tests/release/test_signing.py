@@ -103,15 +103,11 @@ def test_a_host_without_openssl_or_with_an_old_one(
 
 def test_an_envelope_as_dsse_has_it(keys: Keys) -> None:
     assert provenance.encoded(b"ab") == b"DSSEv1 28 application/vnd.in-toto+json 2 ab"
-    payload = provenance.statement({"a": "0" * 64}, {"recipe": "toy"}, [], {})
+    payload = b'{"_type": "a statement"}'
     found = json.loads(provenance.envelope(payload, keys.signer, None))
     assert base64.b64decode(found["payload"]) == payload
     signed = base64.b64decode(found["signatures"][0]["sig"])
     signature.verify(provenance.encoded(payload), signed, keys.public, "it")
-    statement = json.loads(payload)
-    assert statement["_type"] == "https://in-toto.io/Statement/v1"
-    assert statement["predicateType"] == "https://slsa.dev/provenance/v1"
-    assert statement["subject"] == [{"name": "a", "digest": {"sha256": "0" * 64}}]
 
 
 def test_an_envelope_from_before_is_kept(keys: Keys, other_keys: Keys, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from katagpu import kataconfig
 from katagpu.release import assemble, signing
 from katagpu.release.assemble import Order, Piece
 from katagpu.stages import final
+from katagpu.statement import Built, Material
 from tests import toybuild
 
 RECIPE = "toy"
@@ -51,7 +52,8 @@ def order(place: Path, version: str = "1.0.0", signer: signing.Signer | None = N
     """What is released of such a build, made in a directory."""
     return Order(recipe=RECIPE, version=version, signer=signer, licensed=licensed,
                  pieces=build(place, word, size=size, **facts),
-                 resolved=[{"name": "repository", "digest": {"gitCommit": "c" * 40}}])
+                 built=Built(recipe={"name": RECIPE}, materials=[Material(
+                     uri="git+toy", name="repository", digest={"gitCommit": "c" * 40})]))
 
 
 def make(top: Path, version: str = "1.0.0", signer: signing.Signer | None = None,
