@@ -95,7 +95,7 @@ def root(session: Session) -> list[str]:
     """The root is read-only, and of the file system that was packed."""
     if session.facts.root_format == "initrd":
         raise Skipped("an initrd is its own root")
-    row = next(row for row in mounts(session) if row[4] == "/")
+    row = next(row for row in _mounts(session) if row[4] == "/")
     tail = row[row.index("-") + 1:]
     if tail[0] != session.facts.root_format or "ro" not in tail[2].split(","):
         raise Failed("the root is not mounted as it should be", [" ".join(row)],
@@ -104,7 +104,7 @@ def root(session: Session) -> list[str]:
     return [" ".join(row)]
 
 
-def mounts(session: Session) -> list[list[str]]:
+def _mounts(session: Session) -> list[list[str]]:
     """The fields of each line of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
     return [line.split() for line in session.guest.text("/proc/self/mountinfo").splitlines()]
 
@@ -120,7 +120,7 @@ def verity(session: Session) -> list[str]:
     opened = any("VERITY" in line for line in names) if facts.verity else True
     if facts.measured:
         # The kernel's own, from its command line: by that name, without a UUID.
-        device = next(row[2] for row in mounts(session) if row[4] == "/")
+        device = next(row[2] for row in _mounts(session) if row[4] == "/")
         devices = guest.shell("cat /sys/block/dm-*/dev").said
         status = [*status, f"/ is {device} of {' '.join(devices)}"]
         opened = opened and KATA_DM in names and device in devices
