@@ -37,21 +37,21 @@ def test_the_same_repository_elsewhere_is_a_hit(context: Context, repository: Pa
 def test_a_file_of_rootfs_compiles_nothing(context: Context, repository: Path) -> None:
     unit = next((repository / "rootfs").rglob("*.service"))
     unit.write_text(unit.read_text() + "# changed\n")
-    assert misses(context, context.recipe, repository) == {"rootfs", "image", "manifest"}
+    assert misses(context, context.recipe, repository) == {"rootfs", "image", "sbom", "manifest"}
 
 
 def test_the_other_flavour_keeps_kernel_roots_base_and_toolkit(context: Context) -> None:
     recipe = context.recipe
     closed = replace(recipe, driver=replace(recipe.driver, kernel_module=KernelModule.CLOSED))
     made = misses(context, closed, context.root)
-    assert made <= {"driver_modules", "rootfs", "image", "manifest"}
+    assert made <= {"driver_modules", "rootfs", "image", "sbom", "manifest"}
     assert not made or "rootfs" in made
 
 
 def test_an_image_option_packs_only(context: Context) -> None:
     recipe = context.recipe
     other = replace(recipe, image=replace(recipe.image, level=9))
-    assert misses(context, other, context.root) <= {"image", "manifest"}
+    assert misses(context, other, context.root) <= {"image", "sbom", "manifest"}
 
 
 def test_a_comment_in_a_fragment_stops_at_the_configuration(
