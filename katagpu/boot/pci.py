@@ -76,7 +76,9 @@ def parse(text: str) -> list[Function]:
             continue
         address, _slash, name = place.partition("/")
         fields.setdefault(address, {}).setdefault(name, []).append(value)
-    return [_function(address, found) for address, found in sorted(fields.items())]
+    # One that goes while it is looked at has lost some of its files.
+    return [_function(address, found) for address, found in sorted(fields.items())
+            if {"vendor", "device", "class", "resource"} <= set(found)]
 
 
 def _function(address: str, found: dict[str, list[str]]) -> Function:
