@@ -78,7 +78,8 @@ def start(machine: Machine) -> list[str]:
     """The last words of the command line: the probe, then the guest's own init.
 
     The kernel mounts the root as it always does; then a shell of the guest copies the probe from
-    its disk into memory, starts it, and becomes init. In an initrd there is no /dev yet.
+    its disk into memory, starts it, and becomes init. In an initrd there is no /dev yet, and a shell
+    starts nothing in the background without /dev/null.
     """
     number = (0 if machine.configuration.initrd or machine.configuration.nvdimm else 1) \
         + len(machine.extensions)
@@ -86,7 +87,7 @@ def start(machine: Machine) -> list[str]:
     if machine.configuration.initrd:
         place = "/katagpu-probe"
         script = (f"mount -t devtmpfs dev /dev; cat {disk} >{place}; umount /dev; "
-                  f"chmod 700 {place}; {place} & exec /init")
+                  f"mknod /dev/null c 1 3; chmod 700 {place}; {place} & exec /init")
         return ["rdinit=/bin/sh", "--", "-c", f'"{script}"']
     script = f"cat {disk} >{PROBE}; chmod 700 {PROBE}; {PROBE} & exec /sbin/init"
     return ["init=/bin/sh", "--", "-c", f'"{script}"']
