@@ -12,7 +12,8 @@ from katagpu.context import Context
 from katagpu.sandbox import Root
 from katagpu.stages import layers
 from katagpu.stages.api import Build
-from tests import splitguest
+from tests import closedguest, splitguest
+from tests.closedguest import Closed
 from tests.splitguest import Split
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,3 +51,9 @@ def split(context: Context, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """The default guest with the driver on a disk of its own."""
     with splitguest.split(context, tmp_path_factory.mktemp("repository")) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def closed(context: Context, tmp_path_factory: pytest.TempPathFactory) -> Closed:
+    """The default guest with the closed kernel modules."""
+    return closedguest.closed(context, tmp_path_factory.mktemp("closed"))

@@ -16,8 +16,8 @@ from katagpu.filelist import Kind
 from katagpu.finished import Finished
 from katagpu.plan import Plan
 from katagpu.sandbox import Root
-from katagpu.schema import KernelModule
 from katagpu.stages.api import Build
+from tests.closedguest import Closed
 
 PLACE = "kernel/drivers/video"
 TREE = "/katagpu/tree"
@@ -51,23 +51,21 @@ def test_the_list_of_files_is_the_guest(
     assert said.split()[0] == entry.content
 
 
-def variant(context: Context, scratch: Path) -> Finished | None:
+def variant(context: Context, closed: Closed, scratch: Path) -> Finished | None:
     """The guest with the closed module, if that was compiled once."""
-    recipe = context.recipe
-    closed = replace(recipe, driver=replace(recipe.driver, kernel_module=KernelModule.CLOSED))
-    locked = context.locked()
-    assert locked is not None
-    plan = Plan(guest.stages(closed, locked, context.root), context.store, scratch / "logs")
+    plan = Plan(guest.stages(closed.recipe, closed.lock, context.root), context.store,
+                scratch / "logs")
     if plan.action("driver_modules") is None:
         return None
     plan.ensure("manifest")
-    Outcome(scratch / "closed", plan).restore(artifacts.of(closed, "build_image"))
+    Outcome(scratch / "closed", plan).restore(artifacts.of(closed.recipe, "build_image"))
     return finished.read(scratch / "closed", "closed")
 
 
-def test_the_default_guest_with_a_variant(context: Context, tmp_path: Path) -> None:
+def test_the_default_guest_with_a_variant(
+        context: Context, closed: Closed, tmp_path: Path) -> None:
     default = finished.read(context.directory, "open")
-    other = variant(context, tmp_path)
+    other = variant(context, closed, tmp_path)
     if other is None:  # compiling it is not this test's business: packages alone
         packages = {**default.manifest.packages, "libc6": "0", "more": "1"}
         other = dataclasses.replace(default, manifest=replace(default.manifest, packages=packages))
