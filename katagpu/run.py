@@ -15,9 +15,10 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ _GUARD = '[ "$PPID" = "$0" ] || exit 137; unset PWD OLDPWD; exec "$@"'
 
 _live: set[int] = set()
 _live_lock = threading.Lock()
+_scratch: set[Path] = set()
 _ending = threading.Event()
 _requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 _spawner: threading.Thread | None = None
@@ -90,10 +92,25 @@ def kill_all() -> None:
             os.killpg(pid, signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory with a short path (a socket's has 107 bytes at most), removed in the end.
+
+    A signal that ends us removes it too; SIGKILL leaves it to whoever clears the temporary files.
+    """
+    with tempfile.TemporaryDirectory(prefix="katagpu-", ignore_cleanup_errors=True) as name:
+        place = Path(name)
+        _scratch.add(place)
+        try:
+            yield place
+        finally:
+            _scratch.discard(place)
+
+
 def die_cleanly_on_signals() -> None:
     """SIGINT, SIGTERM and SIGHUP end our programs and then us, with status 128 + signal.
 
-    The store is crash-only (staging, rename), so nothing else needs to be undone. A signal that
+    The store is crash-only (staging, rename), so only `scratch` needs to be undone. A signal that
     is ignored when we start stays so: nohup(1) asks for that, and a shell without job control for
     what it runs in the background.
     """
@@ -101,6 +118,8 @@ def die_cleanly_on_signals() -> None:
     def handler(number: int, _frame: FrameType | None) -> None:
         _ending.set()
         kill_all()
+        for place in tuple(_scratch):
+            shutil.rmtree(place, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.write(2, f"\ninterrupted by {signal.Signals(number).name}; "
                         "run the same command again to go on\n".encode())

@@ -247,20 +247,28 @@ threading.Event().wait()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_us_and_our_programs(
-    marker: str, repository: Path, number: signal.Signals,
+    marker: str, repository: Path, tmp_path: Path, number: signal.Signals,
 ) -> None:
+    told = tmp_path / "scratch"
     body = f"""
+from pathlib import Path
+from katagpu.run import scratch
 die_cleanly_on_signals()
 threading.Thread(target=lambda: run(['sh', '-c', 'sleep {marker} & sleep {marker}'])).start()
-run(['sleep', '{marker}'])
+with scratch() as place:
+    (place / "file").touch()
+    Path({str(told)!r}).write_text(str(place))
+    run(['sleep', '{marker}'])
 """
     with script(repository, body) as python:
         assert until(lambda: len(processes(marker)) == 3)
+        assert (Path(told.read_text()) / "file").exists()
         python.send_signal(number)
         _out, said = python.communicate(timeout=SECONDS)
     assert python.returncode == 128 + number
     assert f"interrupted by {number.name}; run the same command again" in said
     assert "Traceback" not in said
+    assert not Path(told.read_text()).exists()
     assert until(lambda: not processes(marker))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from katagpu.boot.qemu import Qemu, value
 from katagpu.errors import TookTooLong
 from katagpu.files import writing
 from katagpu.keys import digest
-from katagpu.run import run, tail
+from katagpu.run import run, scratch, tail
 
 DEVICE = Path("/dev/kvm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -123,8 +122,8 @@ def _keep(place: Path, refusal: str, boot: str) -> None:
 
 def probe(qemu: Qemu, kind: Kind, seconds: float = SECONDS) -> str:
     """Run the tiny guest, and kill it when time is up: empty if it ended well, else why not."""
-    with tempfile.TemporaryDirectory(prefix="katagpu-") as place:
-        disk, said = Path(place) / "disk", Path(place) / "log"
+    with scratch() as place:
+        disk, said = place / "disk", place / "log"
         disk.write_bytes(SECTOR + bytes(1 << 20))  # no firmware reads a disk of one sector
         argv = [*qemu.argv, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                 "-machine", "q35", *Accel(kind=kind, why="").arguments, "-m", "32M",

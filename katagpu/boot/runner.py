@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from katagpu.boot.table import Check
 from katagpu.boot.vfiouser import Server
 from katagpu.boot.vm import HotPlug, Machine
 from katagpu.errors import KatagpuError
+from katagpu.run import scratch
 
 START = 90.0  # seconds until the probe answers; 3 under an emulator on two idle processors
 LONGEST = 900.0  # seconds that one machine may run: what hangs is killed
@@ -153,8 +153,7 @@ def _machine(guest: Guest, setting: Setting, boot: str) -> tuple[list[Outcome], 
     """All outcomes of one machine, and what is known of it."""
     setting.logs.mkdir(parents=True, exist_ok=True)
     # A socket's path has 107 bytes: not below out/.
-    with tempfile.TemporaryDirectory(prefix="katagpu-") as place, ExitStack() as stack:
-        directory = Path(place)
+    with scratch() as directory, ExitStack() as stack:
         known: dict[str, object] = {}
         found, running, link, server = stack.enter_context(
             booted(guest, setting, boot, directory))

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 import termios
 import tty
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 from katagpu import log
 from katagpu.boot import runner, table, vm
 from katagpu.boot.channel import ENVIRONMENT, Channel
 from katagpu.errors import UserError
+from katagpu.run import scratch
 
 
 def must_be_one() -> None:
@@ -30,10 +29,10 @@ def shell(guest: runner.Guest, setting: runner.Setting) -> None:
 
     Raises `StepError` for a guest that does not come up.
     """
-    with tempfile.TemporaryDirectory(prefix="katagpu-") as place, ExitStack() as stack:
+    with scratch() as place, ExitStack() as stack:
         log.say(f"boot_shell: {setting.accel.why}")
         found, running, _link, _server = stack.enter_context(runner.booted(
-            guest, setting, table.COLD, Path(place), terminal=True))
+            guest, setting, table.COLD, place, terminal=True))
         channel = Channel(found.channel, running.check)
         stack.callback(channel.close)
         channel.wait_ready(runner.START)

@@ -78,8 +78,8 @@ def start(machine: Machine) -> list[str]:
     """The last words of the command line: the probe, then the guest's own init.
 
     The kernel mounts the root as it always does; then a shell of the guest copies the probe from
-    its disk into memory, starts it, and becomes init. In an initrd there is no /dev yet, and a shell
-    starts nothing in the background without /dev/null.
+    its disk into memory, starts it, and becomes init. In an initrd there is no /dev yet, and a
+    shell starts nothing in the background without /dev/null.
     """
     number = (0 if machine.configuration.initrd or machine.configuration.nvdimm else 1) \
         + len(machine.extensions)
