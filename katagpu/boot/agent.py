@@ -31,7 +31,7 @@ def agent_runs(session: Session) -> list[str]:
 def agent_answers(session: Session) -> list[str]:
     """kata-agent answers over vsock, as Kata's runtime asks for it: Check."""
     with _called(session) as client:
-        serving = kata_agent.check(client, timeout=ANSWER)
+        serving = kata_agent.check(client, timeout=ANSWER * session.guest.slow)
     if serving is not kata_agent.Serving.SERVING:
         raise Failed(f"the agent says {serving.name}", cause="it is not ready, or gave up",
                      cure="journalctl -u kata-agent in ./doitw boot_shell")
@@ -41,7 +41,7 @@ def agent_answers(session: Session) -> list[str]:
 def agent_details(session: Session) -> list[str]:
     """kata-agent tells its version and features: GetGuestDetails."""
     with _called(session) as client:
-        found = kata_agent.guest_details(client, timeout=ANSWER)
+        found = kata_agent.guest_details(client, timeout=ANSWER * session.guest.slow)
     if not found.version:
         raise Failed("the agent names no version", [found], cause="it is no agent of Kata's",
                      cure="recipe: agent")
@@ -57,7 +57,8 @@ def _called(session: Session) -> Iterator[ttrpc.Client]:
     if not session.facts.agent:
         raise Skipped(NO_AGENT)
     try:
-        with session.link.connect(kata_agent.PORT, timeout=ANSWER) as connection:
+        patience = ANSWER * session.guest.slow
+        with session.link.connect(kata_agent.PORT, timeout=patience) as connection:
             yield ttrpc.Client(connection)
     except StepError as refusal:
         if isinstance(refusal, Gone):

@@ -87,11 +87,13 @@ class Channel:
     """A connection to the probe, used by several threads. Close it at the end.
 
     `alive` raises `StepError` when the machine has ended, which is `Gone` then; it is asked while
-    an answer is waited for.
+    an answer is waited for. All times that are given here, in seconds, are those of an idle host:
+    they are taken `slow` times.
     """
 
-    def __init__(self, path: Path, alive: Callable[[], None]) -> None:
+    def __init__(self, path: Path, alive: Callable[[], None], *, slow: float = 1.0) -> None:
         self._asked_alive = alive
+        self.slow = slow
         self._numbers = itertools.count(1)
         self._waiting: dict[int, dict[str, Any] | None] = {}
         self._changed = threading.Condition()
@@ -145,7 +147,7 @@ class Channel:
             self._changed.notify_all()
 
     def _wait(self, done: Callable[[], bool], timeout: float, what: str) -> None:
-        end = time.monotonic() + timeout
+        end = time.monotonic() + timeout * self.slow
         while True:
             with self._changed:
                 if done():
@@ -158,7 +160,7 @@ class Channel:
             if closed:
                 raise Gone(f"{what}: the connection to the guest is closed")
             if time.monotonic() > end:
-                raise Late(f"{what}: no answer within {timeout:.0f} s")
+                raise Late(f"{what}: no answer within {timeout * self.slow:.0f} s")
 
     def wait_ready(self, timeout: float) -> None:
         """Wait until the probe runs. Raises `Gone`."""
@@ -190,7 +192,8 @@ class Channel:
         time, `Gone` when the guest does not answer.
         """
         words = ENVIRONMENT if env is None else env
-        found = self._ask(timeout + PATIENCE, do="run", argv=list(argv), seconds=timeout,
+        found = self._ask(timeout + PATIENCE, do="run", argv=list(argv),
+                          seconds=timeout * self.slow,
                           env=[f"{name}={value}" for name, value in words.items()],
                           stdin=base64.b64encode(stdin).decode())
         if found.get("error"):
@@ -264,7 +267,7 @@ class Channel:
 
     def until(self, done: Callable[[], bool], timeout: float, step: float = 0.1) -> bool:
         """Ask again and again until it is so; False when it is not in time."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + timeout * self.slow
         while not done():
             if time.monotonic() > end:
                 return False

@@ -31,6 +31,7 @@ from katagpu.run import scratch
 
 START = 90.0  # seconds until the probe answers; 3 under an emulator on two idle processors
 LONGEST = 900.0  # seconds that one machine may run: what hangs is killed
+SLOWEST = 8.0  # times that of an idle host
 HOT_GPUS = 2
 SERIAL = 40  # lines of the serial log that a failure to boot shows
 
@@ -57,7 +58,8 @@ class Guest:
 class Setting:
     """What boots it: QEMU, its acceleration, the GPU that is emulated, memory in MiB.
 
-    Logs go to `logs`. `patience` is how many seconds anything may take that only needs time.
+    Logs go to `logs`. `patience` is how many seconds anything may take on an idle host that only
+    needs time, `slow` how many times that here.
     """
 
     qemu: Qemu
@@ -67,11 +69,20 @@ class Setting:
     memory: int = 2048
     vcpus: int = 2
     patience: float = 60.0
+    slow: float = 1.0
 
     @property
     def offer(self) -> Offer:
         """The GPU, or what stands for it where QEMU has no vfio-user."""
         return session.of_gpu(self.gpu) if self.qemu.vfio_user else session.lesser(self.gpu.bar1)
+
+
+def slowness(load: float, processors: int) -> float:
+    """How many times longer than on an idle host anything may take beside a load (getloadavg(3)).
+
+    A guest that is slow for want of a processor is not a guest that fails.
+    """
+    return min(1 + max(0.0, load) / processors, SLOWEST)
 
 
 class Watch:
@@ -102,7 +113,8 @@ def check(guest: Guest, setting: Setting, boots: Sequence[str] = ()) -> Report:
         "qemu": f"{setting.qemu.version}: {setting.qemu.why}", "acceleration": setting.accel.why,
         "gpu": f"{setting.gpu.device:04x} over vfio-user" if setting.qemu.vfio_user
         else "pci-testdev, the lesser check: no NVIDIA driver was probed",
-        "seconds": round(time.monotonic() - begun, 1)}
+        "seconds": round(time.monotonic() - begun, 1),
+        "patience": f"{setting.slow:.1f} times that of an idle host"}
     for boot, (_outcomes, known) in zip(boots, found, strict=True):
         facts.update({f"{boot} {name}": value for name, value in known.items()})
     return Report(recipe=guest.recipe, facts=facts,
@@ -158,10 +170,10 @@ def _machine(guest: Guest, setting: Setting, boot: str) -> tuple[list[Outcome], 
         found, running, link, server = stack.enter_context(
             booted(guest, setting, boot, directory))
         stack.callback(_keep_log, found.log, setting.logs / f"{boot}-serial.log")
-        watch = Watch(running, LONGEST)
+        watch = Watch(running, LONGEST * setting.slow)
         stack.callback(watch.close)
         try:
-            channel = Channel(found.channel, running.check)
+            channel = Channel(found.channel, running.check, slow=setting.slow)
             stack.callback(channel.close)
             channel.wait_ready(START)
         except KatagpuError as failure:

@@ -43,7 +43,8 @@ def ready(session: Session) -> list[str]:
     # Each question keeps systemd from its work: under an emulator it counts.
     if not guest.until(reached, session.patience, step=1.0):
         jobs = guest.run(["systemctl", "list-jobs", "--no-legend"]).said
-        raise Failed(f"{TARGET} was not reached within {session.patience:.0f} s", jobs,
+        waited = session.patience * guest.slow
+        raise Failed(f"{TARGET} was not reached within {waited:.0f} s", jobs,
                      cause="a unit waits for something that this guest does not have",
                      cure="look at the waiting jobs above; mask the unit (rootfs/layout.yaml) or "
                           "add what it needs")

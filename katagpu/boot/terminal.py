@@ -33,7 +33,7 @@ def shell(guest: runner.Guest, setting: runner.Setting) -> None:
         log.say(f"boot_shell: {setting.accel.why}")
         found, running, _link, _server = stack.enter_context(runner.booted(
             guest, setting, table.COLD, place, terminal=True))
-        channel = Channel(found.channel, running.check)
+        channel = Channel(found.channel, running.check, slow=setting.slow)
         stack.callback(channel.close)
         channel.wait_ready(runner.START)
         size = os.get_terminal_size()

@@ -8,6 +8,7 @@ was proven with one is proven.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -143,7 +144,8 @@ def setting(build: Build, qemu: Qemu) -> runner.Setting:
     gpu = Gpu(device=int(options["device"], 16), bar1=options["bar1_gib"] << 30,
               boot0=_number(options["boot0"]), boot42=_number(options["boot42"]))
     return runner.Setting(qemu=qemu, accel=accel.choose(qemu, build.store.root / "probes"),
-                          gpu=gpu, logs=build.log.parent / "boot", memory=options["memory"])
+                          gpu=gpu, logs=build.log.parent / "boot", memory=options["memory"],
+                          slow=runner.slowness(os.getloadavg()[0], os.cpu_count() or 1))
 
 
 def _number(digits: str | None) -> int | None:

@@ -220,6 +220,23 @@ def test_a_socket_that_nobody_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Channel(tmp_path / "socket", fine)
 
 
+def test_a_busy_host_is_given_more_time(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same factor for what is waited for here and in the guest."""
+    monkeypatch.setattr(channel, "PATIENCE", 0.0)
+    with contextlib.closing(FakeGuest(tmp_path / "socket")) as probe, \
+            contextlib.closing(Channel(tmp_path / "socket", fine, slow=5)) as guest:
+        guest.wait_ready(5)
+        asked = time.monotonic()
+        assert guest.wait_line("never", timeout=0.1) is None
+        assert not guest.until(lambda: False, 0.1)
+        assert time.monotonic() - asked >= 1
+        probe.silent = True
+        with pytest.raises(Late, match="no answer within 1 s"):
+            guest.run(["true"], timeout=0.2)
+        assert probe.asked[-1]["seconds"] == 1
+
+
 def test_a_socket_that_is_opened_late(tmp_path: Path) -> None:
     made: list[FakeGuest] = []
     timer = threading.Timer(0.2, lambda: made.append(FakeGuest(tmp_path / "socket")))

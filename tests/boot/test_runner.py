@@ -121,6 +121,7 @@ def test_a_guest_that_answers(guest: Guest, tmp_path: Path) -> None:
     assert facts.pop("seconds") < 30
     assert facts == {
         "qemu": "11.1.3: a test", "acceleration": "TCG: a test", "gpu": "20b7 over vfio-user",
+        "patience": "1.0 times that of an idle host",
         **{f"{boot} {name}": value for boot in FEW for name, value in {
             "ready after": 5.0, "ended after": 12.5, "memory used": 1000, "kernel": "#1 SMP",
         }.items()}}
@@ -269,3 +270,9 @@ def test_the_machine_of_the_lesser_check(guest: Guest, tmp_path: Path) -> None:
     assert json.loads(device) == {
         "driver": "pci-testdev", "membar": 32 << 30, "id": "gpu0", "bus": "rp0"}
     assert lesser.offer.function is None
+
+
+@pytest.mark.parametrize(("load", "processors", "times"), [
+    (0.0, 2, 1.0), (2.0, 2, 2.0), (3.0, 16, 1.1875), (1000.0, 2, 8.0), (-1.0, 2, 1.0)])
+def test_a_busy_host_may_take_longer(load: float, processors: int, times: float) -> None:
+    assert runner.slowness(load, processors) == times
