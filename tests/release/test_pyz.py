@@ -34,8 +34,11 @@ def test_the_same_bytes(file: Path, tmp_path: Path) -> None:
         assert archive.testzip() is None
 
 
-@pytest.mark.parametrize("name", pyz.MODULES)
-def test_modules_are_of_the_standard_library_and_of_python_3_9(name: str) -> None:
+@pytest.mark.parametrize(("name", "packed"), [
+    *((name, pyz.MODULES) for name in pyz.MODULES),
+    *((name, pyz.HOST_MODULES) for name in sorted(pyz.HOST_MODULES))])
+def test_modules_are_of_the_standard_library_and_of_python_3_9(
+        name: str, packed: tuple[str, ...]) -> None:
     tree = ast.parse((pyz.PACKAGE / name).read_text(), feature_version=(3, 9))
     for node in ast.walk(tree):
         found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
@@ -47,7 +50,8 @@ def test_modules_are_of_the_standard_library_and_of_python_3_9(name: str) -> Non
                 assert top in sys.stdlib_module_names | {"__future__"}, word
             else:
                 paths = {"/".join(inner) + ".py", "/".join(inner[:-1]) + ".py"}
-                assert paths & set(pyz.MODULES), f"{name} imports {word}, which is not packed"
+                paths.add("/".join([*inner, "__init__.py"]))
+                assert paths & set(packed), f"{name} imports {word}, which is not packed"
 
 
 def works(python: str, file: Path, tmp_path: Path, keys: Keys) -> None:
