@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from katagpu import log
 from katagpu.errors import UserError
-from katagpu.host import command, pci, users, vfio
+from katagpu.host import command, groups, pci, users, vfio
 from katagpu.host.changes import Change, Run, Write
 from katagpu.host.command import Answer, Commands
 from katagpu.host.machine import Machine
-from katagpu.host.pci import DRIVERS, NVIDIA, Function
+from katagpu.host.pci import DRIVERS, Function
 
 VFIO = "vfio-pci"
 PROBE = "/sys/bus/pci/drivers_probe"
 SETTLES = 5.0  # seconds that udev may take to make /dev/vfio/N
-IOMMU_OFF = "the IOMMU is off: `host check` says how it is turned on"
 
 
 def add(commands: Commands) -> None:
@@ -38,12 +37,12 @@ def add(commands: Commands) -> None:
 
 def bind(machine: Machine, given: argparse.Namespace) -> Answer:
     """Bind them. Raises `UserError`; then all is as before."""
-    wanted = [_whole(pci.resolve(machine, text)) for text in given.bdf]
-    found = _members(machine, wanted)
+    wanted = [groups.whole(pci.resolve(machine, text)) for text in given.bdf]
+    found = groups.members(machine, wanted)
     todo = [member for member in found if member.driver != VFIO]
     if not todo:
         return _answer(machine, found, {}, "bound to vfio-pci already")
-    _strangers(todo, force=given.force)
+    groups.no_strangers(todo, force=given.force)
     _unused(machine, todo, force=given.force)
     for member in todo:
         if machine.text(f"{member.path}/boot_vga") == "1":
@@ -63,7 +62,7 @@ def bind(machine: Machine, given: argparse.Namespace) -> Answer:
 def unbind(machine: Machine, given: argparse.Namespace) -> Answer:
     """Give them back. Raises `UserError`; then all is as before."""
     wanted = [pci.resolve(machine, text) for text in given.bdf]
-    found = _members(machine, wanted)
+    found = groups.members(machine, wanted)
     todo = [member for member in found if member.driver == VFIO or member.override == VFIO]
     if not todo:
         return _answer(machine, found, {}, "not bound to vfio-pci")
@@ -82,46 +81,6 @@ def unbind(machine: Machine, given: argparse.Namespace) -> Answer:
                 log.note(f"{member.address} has no driver now: none that is loaded takes it "
                          f"(modprobe nvidia?)")
     return answer
-
-
-def _whole(function: Function) -> Function:
-    """Raises `UserError` for what is not given away as a whole."""
-    if function.parent is not None:
-        raise UserError(f"{function} is a virtual function of {function.parent}",
-                        hint="a vGPU is made on it, and that is given to the guest: host vgpu")
-    if function.vfs:
-        raise UserError(f"{function} has {len(function.vfs)} virtual functions, which would go",
-                        hint=f"turn SR-IOV off first: echo 0 > {function.path}/sriov_numvfs")
-    if function.bridge:
-        raise UserError(f"{function} is a bridge", hint="bridges stay with the host")
-    return function
-
-
-def _members(machine: Machine, wanted: Sequence[Function]) -> list[Function]:
-    """All that has to go together: the functions of the groups, but for bridges."""
-    found: dict[str, Function] = {}
-    for function in wanted:
-        if function.group is None:
-            raise UserError(f"{function} is in no IOMMU group", hint=IOMMU_OFF)
-        for member in pci.members(machine, function.group):
-            if not member.bridge and member.kind[:4] != "0600":  # a host bridge has no driver
-                found[member.address] = member
-    return [found[address] for address in sorted(found)]
-
-
-def _strangers(members: Iterable[Function], *, force: bool) -> None:
-    """Raise `UserError` where the group would take something else from the host."""
-    others = [member for member in members if member.vendor != NVIDIA and member.driver]
-    if not others:
-        return
-    said = ", ".join(f"{member} (class {member.kind[:4]}, driver {member.driver})"
-                     for member in others)
-    if force:
-        log.warn(f"taken from the host too, as was asked for: {said}")
-        return
-    raise UserError(f"IOMMU group {others[0].group} has more than NVIDIA's functions: {said}",
-                    hint="a group goes to a guest as a whole. Put the card into another slot, or "
-                         "turn ACS on in the firmware; --force takes these from the host too")
 
 
 def _unused(machine: Machine, members: Sequence[Function], *, force: bool) -> None:
