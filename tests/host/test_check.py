@@ -101,7 +101,7 @@ def with_config(text: str | None, release: str = hosttree.RELEASE) -> Callable[[
     ("5.4.0", "CONFIG_VFIO=y\nCONFIG_VFIO_PCI=y\nCONFIG_VFIO_IOMMU_TYPE1=y\nCONFIG_VFIO_MDEV=m\n",
      ("warn", "CONFIG_VFIO_MDEV_DEVICE is not set")),
     ("5.4.0", "CONFIG_VFIO_MDEV_DEVICE=m\n", ("pass", "CONFIG_VFIO_MDEV_DEVICE=m: vGPUs")),
-    ("6.12.1", "CONFIG_VFIO_PCI=m\nCONFIG_IOMMUFD=m\n", ("fail", "CONFIG_VFIO_GROUP is not set")),
+    ("6.12.1", "CONFIG_VFIO=m\nCONFIG_VFIO_PCI=m\n", ("fail", "CONFIG_VFIO_GROUP is not set")),
     ("6.12.1", "CONFIG_VFIO=y\n", ("fail", "CONFIG_VFIO_PCI is not set")),
     ("6.12.1", "# CONFIG_VFIO_IOMMU_TYPE1 is not set\n",
      ("fail", "CONFIG_VFIO_IOMMU_TYPE1 is not set"))])
