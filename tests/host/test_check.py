@@ -148,6 +148,12 @@ def test_an_iommu_that_is_off(host: Make, cmdline: str, vendor: str, tables: tup
     assert cure in mended
 
 
+def test_a_kernel_that_turns_the_iommu_on_unasked(host: Make) -> None:
+    here = host(iommu_host("quiet", "GenuineIntel", ("DMAR",)))
+    here.tree.file(f"boot/config-{hosttree.RELEASE}", "CONFIG_INTEL_IOMMU_DEFAULT_ON=y\n")
+    assert one(here, "iommu")[1] == "off, though nothing turns it off"
+
+
 def test_vfio_without_an_iommu_is_no_cure(host: Make) -> None:
     here = host(hosttree.no_iommu)
     here.tree.file("sys/module/vfio/parameters/enable_unsafe_noiommu_mode", "Y\n")
