@@ -71,8 +71,8 @@ def steps() -> dict[str, Any]:
     """All of them."""
     found: dict[str, Any] = {}
     subprocess.run(["modprobe", "pci-stub", "ids=10de:20b7"], check=True)
-    said = subprocess.run([sys.executable, PYZ, "gpus", "--json"], capture_output=True, check=True)
-    found["gpus"] = json.loads(said.stdout)
+    found["gpus"] = json.loads(subprocess.run(
+        [sys.executable, PYZ, "gpus", "--json"], capture_output=True, check=True).stdout)
     gpu = found["gpus"]["gpus"][0]
     address, group = gpu["bdf"], gpu["iommu_group"]
     found["before"] = driver(address)
@@ -85,12 +85,15 @@ def steps() -> dict[str, Any]:
     found["unbind"] = [host("unbind", address, "--yes"), driver(address),
                        Path(f"/dev/vfio/{group}").exists()]
     found["refused"] = refused(address)
-    found["persist"] = [host("persist", address, "--yes"), boot(), driver(address), viable(group)]
+    said = host("persist", address, "--yes")
+    boot()
+    found["persist"] = [said, driver(address), viable(group)]
     found["verify"] = subprocess.run(
         ["udevadm", "verify", "/etc/udev/rules.d/60-katagpu-vfio.rules"], capture_output=True,
         text=True).returncode
-    found["removed"] = [host("persist", "--remove", "--yes"), host("unbind", address, "--yes"),
-                        boot(), driver(address)]
+    found["removed"] = [host("persist", "--remove", "--yes"), host("unbind", address, "--yes")]
+    boot()
+    found["after"] = driver(address)
     return found
 
 
@@ -130,6 +133,7 @@ def boot() -> None:
 
 
 if __name__ == "__main__":
+    answer: dict[str, Any]
     try:
         answer = {"found": steps()}
     except BaseException as failure:
