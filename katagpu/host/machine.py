@@ -106,8 +106,12 @@ class Machine:
         return None if found is None else found.decode(errors="replace").strip()
 
     def exists(self, path: str) -> bool:
-        """Is it there? (A link to nothing is not.)"""
-        return self.path(path).exists()
+        """Is it there? (A link to nothing is not, nor what we may not see.)"""
+        try:
+            self.path(path).stat()
+        except OSError:
+            return False
+        return True
 
     def names(self, path: str) -> list[str]:
         """What is in a directory, sorted; nothing where there is none."""

@@ -203,6 +203,13 @@ def test_what_is_persistent_is_meant(host: Make) -> None:
     assert one(here, "driver")[0] == "fail"
 
 
+def test_a_file_of_somebody_else_does_not_stop_it(host: Make) -> None:
+    here = host(ready(hosttree.a30))
+    here.tree.file("etc/modprobe.d/katagpu-vfio.conf", "options vfio-pci ids=10de:20b7\n")
+    assert one(here, "persist")[0] == "warn"
+    assert one(here, "driver")[0] == "warn"
+
+
 def test_a_reset(host: Make) -> None:
     assert one(host(hosttree.no_iommu), "reset")[0] == "warn"
     here = host(lambda root: hosttree.a100(root.with_name("other")))
