@@ -27,8 +27,12 @@ def check(machine: Machine, gpu: Function, *, meant: bool) -> Iterator[Verdict]:
 def bars(gpu: Function) -> Iterator[Verdict]:
     """Every BAR has an address, a large one above 4 GiB."""
     lost = [bar for bar in gpu.bars if not bar.assigned]
-    if not gpu.bars:
-        yield failed("bars", "it has no BARs: it does not answer, or is switched off",
+    if not gpu.answers:
+        yield failed("bars", "it does not answer: its configuration reads all ones",
+                     "it has fallen off the bus, or sleeps (D3cold): power the host off and on; "
+                     "dmesg | grep -i -e pcie -e aer says why", gpu.address)
+    elif not gpu.bars:
+        yield failed("bars", "it has no BARs",
                      "power the host off and on; dmesg | grep -i pci", gpu.address)
     elif lost:
         names = ", ".join(f"{bar.number} ({pci.amount(bar.size) if bar.size else 'size unknown'})"
@@ -73,6 +77,11 @@ def group(machine: Machine, gpu: Function) -> Iterator[Verdict]:
 
 def driver(machine: Machine, gpu: Function, *, meant: bool) -> Iterator[Verdict]:
     """vfio-pci has it, and its device node is there."""
+    if machine.text(f"{gpu.path}/boot_vga") == "1":
+        yield warned("console", "the firmware's console is on it, and may hold its BARs",
+                     "another card as the first display in the firmware's setup; else "
+                     "video=efifb:off (initcall_blacklist=sysfb_init) on the command line",
+                     gpu.address)
     if gpu.driver == VFIO:
         nodes = vfio.nodes(machine, gpu)
         if nodes:

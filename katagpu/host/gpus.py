@@ -24,7 +24,7 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
     """List them."""
     gpus = pci.gpus(machine)
     if not gpus:
-        return Answer(["no NVIDIA GPU is here"], {"gpus": []})
+        return Answer(["no NVIDIA GPU is here"], {"gpus": [], "nvswitches": []})
     names = pciids.load(machine, pci.NVIDIA)
     modes = nvidia.mig(machine, gpus)
     found = [describe(machine, gpu, names, modes) for gpu in gpus]
@@ -34,7 +34,13 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
     if names is None:
         lines.append("names are not known: this host has no pci.ids (Debian: the package pci.ids; "
                      "Red Hat: hwdata)")
-    return Answer(lines, {"gpus": found})
+    switches = pci.switches(machine)
+    lines += [f"NVSwitch {switch}, driver {switch.driver or 'none'}, group {switch.group}: a guest "
+              "with all GPUs of the board needs it too" for switch in switches]
+    return Answer(lines, {"gpus": found, "nvswitches": [
+        {"bdf": switch.address, "vendor": switch.vendor, "device": switch.device,
+         "driver": switch.driver, "iommu_group": switch.group and int(switch.group)}
+        for switch in switches]})
 
 
 def describe(machine: Machine, gpu: Function, names: dict[str, str] | None,

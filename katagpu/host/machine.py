@@ -269,8 +269,10 @@ class Machine:
         if isinstance(change, Run):
             found = self.programs.run(change.argv, change.timeout)
             if found.status != 0:
+                denied = any(os.strerror(number) in found.said
+                             for number in (errno.EACCES, errno.EPERM))
                 raise UserError(f"`{' '.join(change.argv)}` failed with status {found.status}:"
-                                f"\n    {found.said}")
+                                f"\n    {found.said}", hint=HINTS[errno.EPERM] if denied else None)
             return found
         try:
             if isinstance(change, Write):

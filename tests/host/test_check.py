@@ -183,6 +183,21 @@ def test_large_bars(host: Make) -> None:
         "pass", "large: BAR 1 (32G) is at 0x222800000000, above 4 GiB", "")
 
 
+def test_a_gpu_that_fell_off_the_bus(host: Make) -> None:
+    here = host(hosttree.a30)
+    (here.tree.paths[A30] / "config").write_bytes(b"\xff" * 64)
+    found = of(here, "bars")
+    assert found[0][:2] == ("fail", "it does not answer: its configuration reads all ones")
+
+
+def test_the_console(host: Make) -> None:
+    here = host(ready(hosttree.t4))
+    (here.tree.paths["0000:3b:00.0"] / "boot_vga").write_text("1\n")
+    assert one(here, "console")[0] == "warn"
+    here.search = here.tree.programs()
+    assert "is this host's console" in here("bind", "3b:00.0", "--yes").err
+
+
 @pytest.mark.parametrize(("build", "words", "state", "said"), [
     (hosttree.t4, [], "warn", "nouveau has it"),
     (hosttree.t4, ["3b:00.0"], "fail", "nouveau has it"),

@@ -113,6 +113,18 @@ def test_the_newer_interface_of_vgpus(host: Make) -> None:
     assert "0000:41:00.4" not in gpu["vgpu"]["made"]
 
 
+def test_an_nvswitch(host: Make) -> None:
+    here = host(hosttree.a30)
+    here.tree.add(hosttree.Device("0000:c4:00.0", "10de:22a3", "068000", driver="nvidia-nvswitch",
+                                  group=170))
+    said = here("gpus", "--json").data
+    assert [gpu["bdf"] for gpu in said["gpus"]] == ["0000:d0:00.0"]
+    assert said["nvswitches"] == [{"bdf": "0000:c4:00.0", "vendor": "10de", "device": "22a3",
+                                   "driver": "nvidia-nvswitch", "iommu_group": 170}]
+    assert "NVSwitch 0000:c4:00.0 [10de:22a3], driver nvidia-nvswitch, group 170" in \
+        here("gpus").out
+
+
 def test_none(host: Make) -> None:
     def empty(root: Path) -> hosttree.Tree:
         return hosttree.Tree(root)
