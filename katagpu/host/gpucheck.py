@@ -10,7 +10,6 @@ from katagpu.host.machine import Machine
 from katagpu.host.pci import NVIDIA, Function
 from katagpu.host.verdict import Verdict, failed, passed, warned
 
-GIB4 = 1 << 32
 ABOVE_4G = ('in the firmware\'s setup turn on "Above 4G Decoding" (also: "Memory Mapped I/O above '
             '4GB", "Memory Hole for PCI MMIO"), with a window that is large enough; else boot with '
             "pci=realloc")
@@ -25,7 +24,7 @@ def check(machine: Machine, gpu: Function, *, meant: bool) -> Iterator[Verdict]:
 
 
 def bars(gpu: Function) -> Iterator[Verdict]:
-    """Every BAR has an address, a large one above 4 GiB."""
+    """The GPU answers, and every BAR has an address."""
     lost = [bar for bar in gpu.bars if not bar.assigned]
     if not gpu.answers:
         yield failed("bars", "it does not answer: its configuration reads all ones",
@@ -40,11 +39,9 @@ def bars(gpu: Function) -> Iterator[Verdict]:
         yield failed("bars", f"no address for BAR {names}", ABOVE_4G, gpu.address)
     for bar in gpu.bars:
         if bar.large and bar.assigned:
-            place = f"BAR {bar.number} ({pci.amount(bar.size)}) is at {bar.start:#x}"
-            if bar.start >= GIB4:
-                yield passed("bars", f"large: {place}, above 4 GiB", gpu.address)
-            else:
-                yield failed("bars", f"{place}, below 4 GiB", ABOVE_4G, gpu.address)
+            # A BAR lies at a multiple of its size: one of more than 4 GiB is above 4 GiB.
+            yield passed("bars", f"large: BAR {bar.number} ({pci.amount(bar.size)}) is at "
+                         f"{bar.start:#x}, above 4 GiB", gpu.address)
     if gpu.bars and not lost and not gpu.large:
         yield passed("bars", "small, and all have addresses", gpu.address)
 
