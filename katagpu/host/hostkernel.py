@@ -105,7 +105,7 @@ def iommu(machine: Machine) -> Iterator[Verdict]:
                      "take the option out of /etc/modprobe.d: a guest could write to all memory")
     if groups:
         yield passed("iommu", f"on: {', '.join(units) or 'units are not shown'}; "
-                              f"{len(groups)} groups")
+                              f"groups: {len(groups)}")
         return
     words = bootline.options(machine)
     off = [word for word in words if word in ("intel_iommu=off", "amd_iommu=off", "iommu=off")]
