@@ -1,4 +1,7 @@
-"""`python -m katagpu`: doit with this repository's dodo.py, and no doit at all for a no-op."""
+"""`python -m katagpu`: doit with this repository's dodo.py, and no doit at all for a no-op.
+
+`python -m katagpu host …` is the command line for GPU hosts (katagpu/host), and no task.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,10 @@ DEFAULT = "build_image"
 
 def main(argv: list[str]) -> int:
     """Run a command line; its exit status (0, 1: the user can mend it, 2: a step failed)."""
+    if argv[:1] == ["host"]:
+        from katagpu.host import cli
+
+        return cli.main(argv[1:])
     said = receipt.nothing_to_do(ROOT, argv, DEFAULT)
     if said is None:
         from katagpu import commands

@@ -67,6 +67,7 @@ def make(order: Order, top: Path) -> Path:
         (part / layout.RELEASE).write_bytes(layout.render(release))
         _notes(part, release, top, place)
         pyz.write(part / layout.INSTALLER)
+        pyz.write_host(part / layout.HOST)
         _provenance(order, part, place)
         sums = layout.render_sums(_digests(part))
         _sign(order, part, place, sums)
@@ -76,7 +77,7 @@ def make(order: Order, top: Path) -> Path:
             log.say(f"release: {place} is made already, with the same bytes")
             return place
         for path in part.iterdir():
-            path.chmod(0o755 if path.name == layout.INSTALLER else 0o644)
+            path.chmod(0o755 if path.suffix == ".pyz" else 0o644)
             sync(path)
         part.chmod(0o755)
         sync(part)

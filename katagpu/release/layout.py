@@ -21,6 +21,7 @@ SUMS = "SHA256SUMS"
 SIGNATURE = "SHA256SUMS.sig"
 NOTES = "RELEASE-NOTES.md"
 INSTALLER = "katagpu-install.pyz"
+HOST = "katagpu-host.pyz"
 MANIFEST = "manifest.json"
 SCHEMA = 1
 LARGEST = 4 << 20  # bytes of a file that is read as a whole
@@ -48,6 +49,7 @@ MEDIA_TYPES = (
     (r".*spdx.*\.json", "application/spdx+json"),
     (r".*(cdx|cyclonedx).*\.json", "application/vnd.cyclonedx+json"),
     (r".*\.mtree", f"{TYPE}.files.mtree"),
+    (r"katagpu-host\.pyz", f"{TYPE}.host.pyz"),
     (r".*\.pyz", f"{TYPE}.installer.pyz"),
     (r".*\.md", "text/markdown"),
     (r".*\.json", "application/json"),

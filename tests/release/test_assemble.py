@@ -40,6 +40,7 @@ def test_a_release(tmp_path: Path, keys: Keys) -> None:
     assert place.name == release.id == "toy-1.0.0"
     assert {file.name for file in release.files} | {
         layout.RELEASE, layout.SUMS, layout.SIGNATURE, layout.NOTES, layout.INSTALLER,
+        layout.HOST,
         "provenance-1.0.0.intoto.jsonl"} == set(found)
     assert all("1.0.0" in file.name for file in release.files)
     assert assemble.damaged(place) == []
