@@ -5,6 +5,8 @@ Options: the kernel's Documentation/admin-guide/kernel-parameters.txt.
 
 from __future__ import annotations
 
+import re
+
 from katagpu.host.machine import Machine
 
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"
@@ -19,6 +21,12 @@ def maker(machine: Machine) -> str:
     """The processor's maker, as CPUID has it; empty where it is neither Intel nor AMD."""
     text = machine.text("/proc/cpuinfo") or ""
     return next((name for name in (INTEL, AMD) if name in text), "")
+
+
+def virtual(machine: Machine) -> bool:
+    """Is this host a virtual machine, by the bit that hypervisors set in CPUID?"""
+    found = re.search(r"^flags\s*:(.*)$", machine.text("/proc/cpuinfo") or "", re.M)
+    return found is not None and "hypervisor" in found[1].split()
 
 
 def wanted(machine: Machine) -> list[str]:

@@ -37,7 +37,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, *, prog: str = "katagpu host",
          make: Callable[..., Machine] = Machine) -> int:
     """Run a command line; its exit status (0, 1: the user can mend it, or a check failed)."""
-    given = parser(prog).parse_args(argv)
+    try:
+        given = parser(prog).parse_args(argv)
+    except SystemExit as ended:  # of argparse, which has 2 for what a user can mend
+        return int(Status.USER if ended.code else Status.OK)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         if not given.root.is_dir():

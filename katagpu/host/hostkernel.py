@@ -16,6 +16,8 @@ MDEV_DEVICE_UNTIL = (5, 14)  # the kernel without VFIO_MDEV_DEVICE
 GROUP_SINCE = (6, 6)  # VFIO_GROUP, without which VFIO has no /dev/vfio/N
 MODULES = {"VFIO": "vfio", "VFIO_IOMMU_TYPE1": "vfio_iommu_type1", "VFIO_PCI": "vfio-pci"}
 OTHER_KERNEL = "boot a kernel that has it: distributions' kernels do"
+VIRTUAL = ("this is a virtual machine: its hypervisor has to give it a virtual IOMMU (QEMU: "
+           "-device intel-iommu,intremap=on) and nested virtualisation")
 
 
 def release(machine: Machine) -> str:
@@ -118,8 +120,9 @@ def iommu(machine: Machine) -> Iterator[Verdict]:
     table = {bootline.INTEL: "DMAR", bootline.AMD: "IVRS"}.get(maker, "IORT")
     tables = machine.names("/sys/firmware/acpi/tables")
     if tables and table not in tables:
-        yield failed("iommu", f"the firmware offers none (no ACPI table {table})", (
-            f"turn it on in the firmware's setup: {'VT-d' if intel else 'IOMMU, AMD-Vi, SMMU'}"))
+        yield failed("iommu", f"the firmware offers none (no ACPI table {table})", VIRTUAL if
+                     bootline.virtual(machine) else "turn it on in the firmware's setup: "
+                     f"{'VT-d' if intel else 'IOMMU, AMD-Vi, SMMU'}")
     elif intel and "intel_iommu=on" not in words and not _by_default(machine):
         yield failed("iommu", "off: intel_iommu=on is not on the kernel's command line",
                      bootline.how(machine, bootline.wanted(machine)))

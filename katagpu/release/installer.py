@@ -45,7 +45,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; its exit status (0, 1: the user can mend it)."""
-    given = parser().parse_args(argv)
+    try:
+        given = parser().parse_args(argv)
+    except SystemExit as said:  # of argparse, which has 2 for what a user can mend
+        return int(Status.USER if said.code else Status.OK)
     host = Host(given.prefix.absolute())
     try:
         if given.command == "install":

@@ -148,6 +148,14 @@ def test_an_iommu_that_is_off(host: Make, cmdline: str, vendor: str, tables: tup
     assert cure in mended
 
 
+def test_a_virtual_machine_has_no_setup_of_its_firmware(host: Make) -> None:
+    here = host(iommu_host("quiet", "GenuineIntel", ("FACP",)))
+    here.tree.file("proc/cpuinfo", "vendor_id\t: GenuineIntel\nflags\t\t: fpu vmx hypervisor\n")
+    state, words, mended = one(here, "iommu")
+    assert (state, "no ACPI table DMAR" in words) == ("fail", True)
+    assert "virtual IOMMU" in mended and "VT-d" not in mended
+
+
 def test_a_kernel_that_turns_the_iommu_on_unasked(host: Make) -> None:
     here = host(iommu_host("quiet", "GenuineIntel", ("DMAR",)))
     here.tree.file(f"boot/config-{hosttree.RELEASE}", "CONFIG_INTEL_IOMMU_DEFAULT_ON=y\n")

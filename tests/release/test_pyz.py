@@ -158,6 +158,4 @@ def test_it_can_be_executed(file: Path) -> None:
 @pytest.mark.parametrize("words", [[], ["install"], ["install", "x"], ["what"],
                                    ["install", "x", "--key", "k", "--unverified"]])
 def test_command_lines_that_are_refused(words: list[str]) -> None:
-    with pytest.raises(SystemExit) as refusal:
-        installer.main(words)
-    assert refusal.value.code == 2
+    assert installer.main(words) == 1
