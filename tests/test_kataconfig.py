@@ -123,7 +123,7 @@ def test_only_one_plug_is_a_root_port() -> None:
     hot = qemu(plug=Plug.HOT)
     assert (hot["cold_plug_vfio"], hot["hot_plug_vfio"]) == ("no-port", "root-port")
     assert qemu(plug=Plug.HOT, shim=Shim.RUST)["cold_plug_vfio"] == "no-port"
-    assert qemu(pcie_root_ports=2)["pcie_root_port"] == 2
+    assert qemu(ports=2)["pcie_root_port"] == 2
 
 
 def test_dax_header_decides_the_root_s_device() -> None:
@@ -163,8 +163,8 @@ def test_strings_survive() -> None:
         {"initrd": "/x"},
         {"image": None, "initrd": "/x", "kernel_verity_params": "root_hash=1"},
         {"image": None, "initrd": "/x", "dax_header": True},
-        {"pcie_root_ports": 0},
-        {"pcie_root_ports": 17},
+        {"ports": 0},
+        {"ports": 17},
     ],
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any]) -> None:

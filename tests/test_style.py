@@ -26,7 +26,7 @@ LAYERS = (
      "request", "locks", "hostsetup", "aptview", "keyring", "emulator", "driverfile", "lockfile",
      "lockparts", "committed"),
     ("kconfig", "kconfig_expr", "kconfig_tree", "kconfig_explain", "patches", "disk", "newc",
-     "filesystem", "agent", "nvconftest", "guestfiles", "verity", "kataconfig", "kernelorg",
+     "filesystem", "agent", "nvconftest", "guestfiles", "verity", "kataconfig", "kataversions", "kernelorg",
      "drivermanifest", "driverparts", "runpayload", "runfile", "nvbranches", "nvcauses",
      "nvinstaller", "nvoutcome", "nvpreflight", "provenance", "gobuildinfo", "debcopyright",
      "licences", "statement"),
