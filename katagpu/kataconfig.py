@@ -59,8 +59,8 @@ class Port(Words):
 class Bar(Words):
     """How much address space the GPU needs.
 
-    A large BAR (of more than 256 MiB) has to be placed above 4 GiB, which a conventional PCI
-    bridge's window cannot do.
+    A large BAR (Kata's runtime says so of more than 4 GiB) has to be placed above 4 GiB, which a
+    conventional PCI bridge's window cannot do.
     """
 
     LARGE = "large"
