@@ -88,8 +88,11 @@ class Run(Change):
         return {"run": list(self.argv)}
 
 
-def below(root: str, path: str) -> str:
-    """Where `path` of the host is, below `root`; absolute links stay below it too."""
+def below(root: str, path: str, *, follow: bool = True) -> str:
+    """Where `path` of the host is, below `root`; absolute links stay below it too.
+
+    `follow`: the last name of the path, too, is followed where it is a link.
+    """
     if root == "/":
         return path
     done, todo, links = "", [part for part in path.split("/") if part not in ("", ".")], 0
@@ -99,7 +102,7 @@ def below(root: str, path: str) -> str:
             done = done.rpartition("/")[0]
             continue
         here = f"{root}{done}/{part}"
-        if todo and Path(here).is_symlink() and links < MOST_LINKS:
+        if (todo or follow) and Path(here).is_symlink() and links < MOST_LINKS:
             links += 1
             target = str(Path(here).readlink())
             if target.startswith("/"):

@@ -61,9 +61,9 @@ class Machine:
 
     # looks
 
-    def path(self, path: str) -> Path:
-        """Where a path of the host is for us."""
-        return Path(below(self.root, path))
+    def path(self, path: str, *, follow: bool = True) -> Path:
+        """Where a path of the host is for us; `follow`: its last name too, where it is a link."""
+        return Path(below(self.root, path, follow=follow))
 
     def raw(self, path: str) -> bytes | None:
         """A file's bytes; None where it cannot be read."""
@@ -79,19 +79,19 @@ class Machine:
 
     def exists(self, path: str) -> bool:
         """Is it there? (A link to nothing is not.)"""
-        return self.path(self.real(path)).exists()
+        return self.path(path).exists()
 
     def names(self, path: str) -> list[str]:
         """What is in a directory, sorted; nothing where there is none."""
         try:
-            return sorted(entry.name for entry in self.path(self.real(path)).iterdir())
+            return sorted(entry.name for entry in self.path(path).iterdir())
         except OSError:
             return []
 
     def link(self, path: str) -> str | None:
         """The last name of what a link points at: of `driver`, the driver's name."""
         try:
-            return str(self.path(path).readlink()).rstrip("/").rpartition("/")[2]
+            return str(self.path(path, follow=False).readlink()).rstrip("/").rpartition("/")[2]
         except OSError:
             return None
 
@@ -99,7 +99,7 @@ class Machine:
         """The path with all links followed, as the host sees it."""
         if self.root == "/":
             return os.path.realpath(path)
-        found = below(self.root, f"{path}/.")
+        found = below(self.root, path)
         return found[len(self.root):] or "/"
 
     def ask(self, argv: Sequence[str], *, timeout: float = 30.0, stdin: str = "") -> Result:
@@ -135,7 +135,7 @@ class Machine:
 
     def remove(self, path: str) -> None:
         """Remove a file; it comes back when a later step fails."""
-        if self.path(path).exists() or self.path(path).is_symlink():
+        if os.path.lexists(self.path(path, follow=False)):
             self.do(Remove(path))
 
     def run(self, argv: Sequence[str], *, timeout: float = 60.0,
@@ -216,7 +216,7 @@ class Machine:
                 _place(self.path(change.path), change)
             elif isinstance(change, Remove):
                 with contextlib.suppress(FileNotFoundError):
-                    self.path(change.path).unlink()
+                    self.path(change.path, follow=False).unlink()
         except OSError as refusal:
             raise refused(getattr(change, "path", ""), refusal) from None
         return None

@@ -1,0 +1,65 @@
+"""How a function can be given away: its VFIO device, and the vGPUs that it has.
+
+VFIO: the kernel's Documentation/driver-api/vfio.rst. mdev: Documentation/ABI/testing/
+sysfs-bus-vfio-mdev. NVIDIA's own interface, on kernels without mdev: NVIDIA's vGPU documentation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from katagpu.host.machine import Machine
+from katagpu.host.pci import DEVICES, Function
+
+MDEVS = "/sys/bus/mdev/devices"
+
+
+class Interface(Enum):
+    """How a host makes vGPUs: mdev, or NVIDIA's own attributes of a virtual function."""
+
+    MDEV = "mdev"
+    VENDOR = "vendor"
+
+
+@dataclass(frozen=True)
+class Vgpu:
+    """The vGPU state of a GPU: its interface, if any, and what was made (UUIDs, or VFs)."""
+
+    interface: Interface | None
+    made: tuple[str, ...]
+
+
+def group_node(group: str) -> str:
+    """`/dev/vfio/192`."""
+    return f"/dev/vfio/{group}"
+
+
+def nodes(machine: Machine, function: Function) -> list[str]:
+    """The VFIO devices through which a function is given away, those that are there.
+
+    Its group's, and its own where the kernel has it (`vfio-dev`, since 6.1).
+    """
+    found = [group_node(function.group)] if function.group else []
+    found += [f"/dev/vfio/devices/{name}" for name in machine.names(f"{function.path}/vfio-dev")]
+    return [node for node in found if machine.exists(node)]
+
+
+def vgpu(machine: Machine, gpu: Function) -> Vgpu:
+    """The vGPUs of a GPU and of its virtual functions."""
+    places = [gpu.address, *gpu.vfs]
+    interface, made = None, []
+    for address in places:
+        path = f"{DEVICES}/{address}"
+        if machine.exists(f"{path}/mdev_supported_types"):
+            interface = interface or Interface.MDEV
+        current = machine.text(f"{path}/nvidia/current_vgpu_type")
+        if current is not None:
+            interface = Interface.VENDOR
+            if current not in ("", "0"):
+                made.append(address)
+    for name in machine.names(MDEVS):
+        parent = machine.real(f"{MDEVS}/{name}").split("/")[-2]
+        if parent in places:
+            made.append(name)
+    return Vgpu(interface=interface, made=tuple(made))
