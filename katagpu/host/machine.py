@@ -159,6 +159,12 @@ class Machine:
         self._journal.append((change, tuple(undo)))
         return found
 
+    def also_undo(self, steps: Sequence[Change]) -> None:
+        """More that undoes the last change: what was not known before it was made."""
+        if self._journal:
+            change, undo = self._journal[-1]
+            self._journal[-1] = (change, (*undo, *steps))
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """All of the changes in here, or none: they are undone in reverse when one fails."""
