@@ -31,6 +31,13 @@ GPU, AUDIO, USB, BRIDGE, NIC = "030200", "040300", "0c0330", "060400", "020000"
 MATCHES = {"nvidia": ("10de", "03"), "nouveau": ("10de", "03"), "snd_hda_intel": ("", "0403"),
            "xhci_hcd": ("", "0c03"), "ixgbe": ("8086", "0200")}
 
+MODPROBE = """\
+d=$KATAGPU_HOST_ROOT/sys/bus/pci/drivers
+case $1 in
+-r) rm -r "$d/$2" ;;
+*) mkdir -p "$d/$1" && touch "$d/$1/bind" "$d/$1/unbind" ;;
+esac"""
+
 Space = tuple[int, int, int, int]
 """A BAR: its number, start, size and flags."""
 
@@ -166,9 +173,7 @@ class Tree:
         """A directory with programs of the host, to be its PATH. modprobe loads nothing real."""
         place = self.root.parent / "programs"
         place.mkdir(exist_ok=True)
-        scripts = {"modprobe": 'for each; do case $each in -*) continue;; esac; '
-                               'd="$KATAGPU_HOST_ROOT/sys/bus/pci/drivers/$each"; mkdir -p "$d"; '
-                               'touch "$d/bind" "$d/unbind"; done', **scripts}
+        scripts = {"modprobe": MODPROBE, **scripts}
         for name, text in scripts.items():
             path = place / name.replace("_", "-")
             path.write_text(f"#!/bin/sh\n{text}\n")
@@ -212,12 +217,13 @@ class Kernel:
     """What the kernel does with writes to attributes. `refuses` has errno by what is written.
 
     A key of it is the end of a path, and what is written there: `("unbind", "0000:41:00.0")`.
-    `unwilling` has (driver, address) whose probe fails.
+    `unwilling` has (driver, address) whose probe fails. Not `nodes`: udev makes none for groups.
     """
 
     tree: Tree
     refuses: dict[tuple[str, str], int] = field(default_factory=dict)
     unwilling: set[tuple[str, str]] = field(default_factory=set)
+    nodes: bool = True
     written: list[tuple[str, str]] = field(default_factory=list)
 
     def __call__(self, path: Path, data: bytes) -> None:
@@ -257,7 +263,7 @@ class Kernel:
             group = (path / "iommu_group").resolve()
             if not any(self.tree.bound(entry.name) == "vfio-pci"
                        for entry in (group / "devices").iterdir()):
-                (self.tree.root / "dev/vfio" / group.name).unlink()
+                (self.tree.root / "dev/vfio" / group.name).unlink(missing_ok=True)
 
     def _matches(self, driver: str, address: str) -> bool:
         override = self.tree.override(address)
@@ -278,7 +284,8 @@ class Kernel:
         if driver == "vfio-pci":
             group, name = (path / "iommu_group").resolve().name, f"vfio{int(address[5:7], 16)}"
             (path / "vfio-dev" / f"{name}{address[-1]}").mkdir(parents=True)
-            self.tree.file(f"dev/vfio/{group}", "")
+            if self.nodes:
+                self.tree.file(f"dev/vfio/{group}", "")
             self.tree.file(f"dev/vfio/devices/{name}{address[-1]}", "")
 
     def _probe(self, address: str) -> None:

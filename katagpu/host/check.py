@@ -1,19 +1,65 @@
-"""`host check`."""
+"""`host check`: is all there that Kata needs to give this host's GPUs to guests?"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
-from katagpu.host import command
+from katagpu.host import (
+    command,
+    gpucheck,
+    hostkernel,
+    katahost,
+    memory,
+    pci,
+    persist,
+    support,
+)
 from katagpu.host.command import Answer, Commands
 from katagpu.host.machine import Machine
+from katagpu.host.pci import Function
+from katagpu.host.verdict import State, Verdict, failed
 
 
 def add(commands: Commands) -> None:
     """Its command line."""
-    command.new(commands, "check", run, "not yet")
+    made = command.new(commands, "check", run,
+                       "say what this host lacks to give GPUs to Kata's guests")
+    made.add_argument("bdf", nargs="*", metavar="BDF",
+                      help="GPUs that are meant for guests (default: all, and none in particular)")
+    made.add_argument("--manifest", metavar="FILE",
+                      help="the manifest.json of the guest (default: the installed one's)")
 
 
 def run(machine: Machine, given: argparse.Namespace) -> Answer:
-    """Run it."""
-    return Answer([])
+    """Check it; not ok where something failed."""
+    found = list(verdicts(machine, given))
+    count = {state: sum(verdict.state is state for verdict in found) for state in State}
+    summary = ", ".join(f"{count[state]} {state.value}" for state in State)
+    return Answer([*(line for verdict in found for line in verdict.lines()), summary],
+                  {"checks": [verdict.data() for verdict in found],
+                   "counts": {state.value: count[state] for state in State}},
+                  ok=not count[State.FAIL])
+
+
+def verdicts(machine: Machine, given: argparse.Namespace) -> Iterator[Verdict]:
+    """Everything about the host, then about each GPU. Raises `UserError` for a bad argument."""
+    gpus = [pci.resolve(machine, text) for text in given.bdf] or pci.gpus(machine)
+    facts = support.manifest(machine, given.manifest)
+    yield from hostkernel.kernel(machine)
+    yield from hostkernel.iommu(machine)
+    yield from hostkernel.devices(machine)
+    yield from katahost.check(machine, large=any(gpu.large for gpu in gpus))
+    yield from memory.check(machine)
+    if not gpus:
+        yield failed("gpus", "there is no NVIDIA GPU here", "lspci -nn -d 10de: shows them; is it "
+                     "in its slot, powered, and given to this machine?")
+    meant = _meant(machine, given)
+    for gpu in gpus:
+        yield from gpucheck.check(machine, gpu, meant=gpu.address in meant)
+        yield support.check(gpu, facts[1] if facts else None)
+
+
+def _meant(machine: Machine, given: argparse.Namespace) -> set[str]:
+    named: list[Function] = [pci.resolve(machine, text) for text in given.bdf]
+    return {gpu.address for gpu in named} | set(persist.kept(machine))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ from katagpu.host.changes import Change, Place, Remove, Run, Write, below
 from katagpu.host.programs import Programs, Result
 
 Store = Callable[[Path, bytes], None]
+PATIENCE = 60.0  # seconds for a write to sysfs
 
 
 class Refused(UserError):
@@ -32,12 +35,36 @@ class Refused(UserError):
 
 
 def store(path: Path, data: bytes) -> None:
-    """Write to an attribute of sysfs: one write(2), to a file that is there."""
-    handle = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+    """Write to an attribute of sysfs: one write(2), to a file that is there.
+
+    A driver that waits for a GPU's last user keeps the writer in the kernel, where no signal
+    reaches it, so a child writes. Raises `OSError`; ETIMEDOUT where it is not back in time.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        number = errno.EIO
+        try:
+            os.setsid()  # a ^C is for us, not for a write that has begun
+            handle = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+            os.write(handle, data)
+            number = 0
+        except OSError as refusal:
+            number = refusal.errno or errno.EIO
+        finally:
+            os.write(writer, number.to_bytes(2, "little"))
+            os._exit(0)
+    os.close(writer)
     try:
-        os.write(handle, data)
+        if not select.select([reader], [], [], PATIENCE)[0]:
+            raise OSError(errno.ETIMEDOUT, f"the kernel did not come back within {PATIENCE:.0f} s",
+                          str(path))
+        number = int.from_bytes(os.read(reader, 2), "little")
     finally:
-        os.close(handle)
+        os.close(reader)
+    os.waitpid(child, 0)
+    if number:
+        raise OSError(number, os.strerror(number), str(path))
 
 
 class Machine:
@@ -56,6 +83,7 @@ class Machine:
         self._yes = yes
         self._quiet = quiet
         self._agreed = False
+        self._locked = False
         self._store = attributes
         self._journal: list[tuple[Change, tuple[Change, ...]]] = []
 
@@ -155,22 +183,27 @@ class Machine:
             return None
         if isinstance(change, (Place, Remove)):
             undo = (*undo, self._as_before(change.path))
-        found = self._make(change)
+        try:
+            found = self._make(change)
+        except KeyboardInterrupt:  # it may be done, and may not
+            self._journal.append((change, tuple(undo)))
+            raise
         self._journal.append((change, tuple(undo)))
         return found
 
-    def also_undo(self, steps: Sequence[Change]) -> None:
-        """More that undoes the last change: what was not known before it was made."""
+    def also(self, undo: Sequence[Change]) -> None:
+        """Say how the last change is undone, where only its outcome tells."""
         if self._journal:
-            change, undo = self._journal[-1]
-            self._journal[-1] = (change, (*undo, *steps))
+            change, before = self._journal[-1]
+            self._journal[-1] = (change, (*before, *undo))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """All of the changes in here, or none: they are undone in reverse when one fails."""
         start = len(self._journal)
         try:
-            yield
+            with self._alone():
+                yield
         except BaseException as failure:
             said = self._undo(start)
             if isinstance(failure, UserError) and said:
@@ -180,6 +213,26 @@ class Machine:
                 for line in said:
                     log.note(line)
             raise
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Be the only run that changes this host: a lock on a directory, which leaves nothing."""
+        if self.dry_run or self._locked:
+            yield
+            return
+        place = self.path("/sys/bus/pci")
+        handle = os.open(place if place.is_dir() else self.root, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError("another run of katagpu host is changing this host",
+                                hint="wait for it") from None
+            self._locked = True
+            yield
+        finally:
+            self._locked = False
+            os.close(handle)
 
     def _undo(self, start: int) -> list[str]:
         """Undo what was done since, newest first; what is to be said of it."""
@@ -252,6 +305,9 @@ HINTS: dict[int, str] = {
                  "that has it writable",
     errno.ENOSPC: "there is no space left there",
     errno.EBUSY: "something uses it",
+    errno.ENODEV: "the driver does not take this function: dmesg | tail says why",
+    errno.ETIMEDOUT: "the driver waits for something that uses the GPU: dmesg | tail may name it; "
+                     "where nothing does, only a reboot helps",
 }
 
 

@@ -191,7 +191,7 @@ def create(machine: Machine, given: argparse.Namespace) -> Answer:
             for one in new:
                 made.append(one)
                 before.add(one.number)
-                machine.also_undo([Run(_words(gpu, "mig", "-dgi", "-gi", str(one.number)))])
+                machine.also([Run(_words(gpu, "mig", "-dgi", "-gi", str(one.number)))])
                 if not given.no_compute:
                     _run(machine, _words(gpu, "mig", "-cci", "-gi", str(one.number)),
                          [Run(_words(gpu, "mig", "-dci", "-gi", str(one.number)))])

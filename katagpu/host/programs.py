@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from katagpu.errors import UserError
+from katagpu.host.changes import below
 
 SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -63,7 +64,8 @@ class Programs:
 
         Raises `Missing` and `TooLong`; any status is a result.
         """
-        path = argv[0] if "/" in argv[0] else self.find(argv[0])
+        path = self.find(argv[0]) if "/" not in argv[0] else (
+            argv[0] if self.search is None else below(self.root, argv[0]))
         if path is None:
             raise Missing(f"there is no {argv[0]} on this host")
         words = [path, *argv[1:]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from katagpu.release import installer, pyz
+from tests import hosttree
 from tests.release import toyrelease
 from tests.release.conftest import Keys
 
@@ -90,6 +92,49 @@ def test_on_an_old_python(file: Path, tmp_path: Path, keys: Keys) -> None:
             works(found, file, tmp_path, keys)
             return
     pytest.skip("there is no Python 3.9 or 3.10 here")
+
+
+@pytest.fixture
+def host_file(tmp_path: Path) -> Path:
+    """`katagpu-host.pyz`."""
+    path = tmp_path / "katagpu-host.pyz"
+    pyz.write_host(path)
+    return path
+
+
+def test_the_host_file_has_the_same_bytes(host_file: Path, tmp_path: Path) -> None:
+    pyz.write_host(tmp_path / "other")
+    assert (tmp_path / "other").read_bytes() == host_file.read_bytes()
+    with zipfile.ZipFile(host_file) as archive:
+        names = archive.namelist()
+        assert "katagpu/host/cli.py" in names
+        assert not [name for name in names if "__pycache__" in name or "release" in name]
+
+
+@pytest.mark.parametrize("python", [sys.executable, *OLD])
+def test_the_host_file_runs(python: str, host_file: Path, tmp_path: Path) -> None:
+    if not shutil.which(python) or subprocess.run([python, "-c", ""],
+                                                  capture_output=True).returncode:
+        pytest.skip(f"there is no {python} here")
+    hosttree.switch(tmp_path / "root")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        said = subprocess.run([python, "-I", "-W", "error", host_file, *words, "--root",
+                               tmp_path / "root"], env={"PATH": "/usr/bin:/bin"}, cwd="/",
+                              capture_output=True, text=True)
+        assert "Traceback" not in said.stderr
+        return said.returncode, said.stdout, said.stderr
+
+    assert len(json.loads(run("gpus", "--json")[1])["gpus"]) == 2
+    assert run("check")[0] == 1
+    status, said, _ = run("bind", "18:00.0", "--dry-run")
+    assert status == 0
+    assert "echo vfio-pci > /sys/bus/pci/devices/0000:19:00.0/driver_override" in said
+    assert run("persist", "18:00.0", "--yes")[0] == 0
+    assert run("persist", "--remove", "--yes")[0] == 0
+    status, _, said = run("bind", "0000:16:02.0", "--yes")
+    assert status == 1
+    assert "is not NVIDIA's" in said
 
 
 def test_an_older_python_is_told(file: Path) -> None:

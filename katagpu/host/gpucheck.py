@@ -1,0 +1,107 @@
+"""What `host check` says of each GPU: addresses of its BARs, its group, its driver, its reset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from katagpu.host import groups, pci, vfio
+from katagpu.host.bind import VFIO
+from katagpu.host.machine import Machine
+from katagpu.host.pci import NVIDIA, Function
+from katagpu.host.verdict import Verdict, failed, passed, warned
+
+GIB4 = 1 << 32
+ABOVE_4G = ('in the firmware\'s setup turn on "Above 4G Decoding" (also: "Memory Mapped I/O above '
+            '4GB", "Memory Hole for PCI MMIO"), with a window that is large enough; else boot with '
+            "pci=realloc")
+
+
+def check(machine: Machine, gpu: Function, *, meant: bool) -> Iterator[Verdict]:
+    """All of one GPU; `meant`: the user named it, or made it persistent, for pass-through."""
+    yield from bars(gpu)
+    yield from group(machine, gpu)
+    yield from driver(machine, gpu, meant=meant)
+    yield reset(gpu)
+
+
+def bars(gpu: Function) -> Iterator[Verdict]:
+    """Every BAR has an address, a large one above 4 GiB."""
+    lost = [bar for bar in gpu.bars if not bar.assigned]
+    if not gpu.bars:
+        yield failed("bars", "it has no BARs: it does not answer, or is switched off",
+                     "power the host off and on; dmesg | grep -i pci", gpu.address)
+    elif lost:
+        names = ", ".join(f"{bar.number} ({pci.amount(bar.size) if bar.size else 'size unknown'})"
+                          for bar in lost)
+        yield failed("bars", f"no address for BAR {names}", ABOVE_4G, gpu.address)
+    for bar in gpu.bars:
+        if bar.large and bar.assigned:
+            place = f"BAR {bar.number} ({pci.amount(bar.size)}) is at {bar.start:#x}"
+            if bar.start >= GIB4:
+                yield passed("bars", f"large: {place}, above 4 GiB", gpu.address)
+            else:
+                yield failed("bars", f"{place}, below 4 GiB", ABOVE_4G, gpu.address)
+    if gpu.bars and not lost and not gpu.large:
+        yield passed("bars", "small, and all have addresses", gpu.address)
+
+
+def group(machine: Machine, gpu: Function) -> Iterator[Verdict]:
+    """The GPU has a group, and shares it with nothing that the host needs."""
+    if gpu.group is None:
+        yield failed("group", "it is in no IOMMU group", "see iommu above", gpu.address)
+        return
+    others = [member for member in pci.members(machine, gpu.group)
+              if member.address != gpu.address and not groups.stays(member)]
+    slot = gpu.address.rpartition(".")[0]
+    own = [member for member in others if member.address.rpartition(".")[0] == slot]
+    nvidia = [member for member in others if member.vendor == NVIDIA and member not in own]
+    foreign = [member for member in others if member.vendor != NVIDIA and member not in own]
+    if foreign:
+        used = [member for member in foreign if member.driver not in (None, VFIO)]
+        said = f"group {gpu.group} has {', '.join(map(str, foreign))} too"
+        cure = "another slot, or ACS on in the firmware's setup; the whole group goes to one guest"
+        yield failed("group", said, cure, gpu.address) if used else \
+            warned("group", said, cure, gpu.address)
+    if nvidia:
+        yield warned("group", f"group {gpu.group} has {', '.join(map(str, nvidia))} too: they go "
+                     "to the same guest", "another slot, or ACS on in the firmware's setup, to "
+                     "give them to two", gpu.address)
+    if not foreign and not nvidia:
+        more = f" with its own {', '.join(member.address for member in own)}" if own else ""
+        yield passed("group", f"group {gpu.group}, alone{more}", gpu.address)
+
+
+def driver(machine: Machine, gpu: Function, *, meant: bool) -> Iterator[Verdict]:
+    """vfio-pci has it, and its device node is there."""
+    if gpu.driver == VFIO:
+        nodes = vfio.nodes(machine, gpu)
+        if nodes:
+            yield passed("driver", f"vfio-pci, {' '.join(nodes)}", gpu.address)
+        else:
+            yield failed("driver", "vfio-pci, but there is no device node below /dev/vfio",
+                         "is udev running? host unbind, then host bind", gpu.address)
+        return
+    state = vfio.vgpu(machine, gpu)
+    if gpu.driver == "nvidia" and state.interface is not None:
+        yield passed("driver", f"nvidia, for vGPUs ({state.interface.value})", gpu.address)
+        return
+    if gpu.driver is None:
+        yield warned("driver", "none: it is given to no guest yet",
+                     f"host bind {gpu.address}; host persist {gpu.address} for every boot",
+                     gpu.address)
+        return
+    made = failed if meant else warned
+    cure = f"host bind {gpu.address}; host persist {gpu.address} for every boot"
+    if gpu.driver == "nouveau":
+        cure += ", which keeps nouveau away too"
+    yield made("driver", f"{gpu.driver} has it, so no guest can", cure, gpu.address)
+
+
+def reset(gpu: Function) -> Verdict:
+    """The GPU can be reset between two guests."""
+    if gpu.resets is None:
+        return warned("reset", "the kernel knows no way to reset it: after one guest the next may "
+                      "not get it to work", "reboot the host between guests", gpu.address)
+    if not gpu.resets:
+        return passed("reset", "possible (this kernel does not say how)", gpu.address)
+    return passed("reset", " ".join(gpu.resets), gpu.address)

@@ -1,0 +1,143 @@
+"""What `host check` asks of the host's kernel: its configuration, the IOMMU, KVM, vsock."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+
+from katagpu.host import bootline
+from katagpu.host.machine import Machine
+from katagpu.host.verdict import Verdict, failed, passed, warned
+
+NEEDED = ("VFIO", "VFIO_IOMMU_TYPE1", "VFIO_PCI")
+MDEV_DEVICE_UNTIL = (5, 14)  # the kernel without VFIO_MDEV_DEVICE
+GROUP_SINCE = (6, 6)  # VFIO_GROUP, without which VFIO has no /dev/vfio/N
+MODULES = {"VFIO": "vfio", "VFIO_IOMMU_TYPE1": "vfio_iommu_type1", "VFIO_PCI": "vfio-pci"}
+OTHER_KERNEL = "boot a kernel that has it: distributions' kernels do"
+
+
+def release(machine: Machine) -> str:
+    """`uname -r` of the host."""
+    return machine.text("/proc/sys/kernel/osrelease") or ""
+
+
+def configuration(machine: Machine) -> tuple[str, Mapping[str, str]] | None:
+    """Where the kernel's configuration is, and its symbols without CONFIG_; None: nowhere."""
+    number = release(machine)
+    for place in ("/proc/config.gz", f"/boot/config-{number}", f"/lib/modules/{number}/config",
+                  f"/usr/lib/ostree-boot/config-{number}"):
+        data = machine.raw(place)
+        if data is None:
+            continue
+        if place.endswith(".gz"):
+            try:
+                data = gzip.decompress(data)
+            except (OSError, EOFError, zlib.error):
+                continue
+        return place, dict(re.findall(r"^CONFIG_(\w+)=(.*)$", data.decode(errors="replace"), re.M))
+    return None
+
+
+def kernel(machine: Machine) -> Iterator[Verdict]:
+    """The symbols of the guide, built in or as modules."""
+    found = configuration(machine)
+    if found is None:
+        yield from _modules(machine)
+        return
+    place, symbols = found
+    for name in NEEDED:
+        value = symbols.get(name)
+        if value in ("y", "m"):
+            yield passed("kernel", f"CONFIG_{name}={value} ({place})")
+        else:
+            yield failed("kernel", f"CONFIG_{name} is not set ({place})", OTHER_KERNEL)
+    if _version(machine) >= GROUP_SINCE and "VFIO" in symbols and \
+            symbols.get("VFIO_GROUP") != "y":
+        yield failed("kernel", "CONFIG_VFIO_GROUP is not set: there are no /dev/vfio/N",
+                     OTHER_KERNEL)
+    yield from _mdev(machine, symbols)
+
+
+def _mdev(machine: Machine, symbols: Mapping[str, str]) -> Iterator[Verdict]:
+    names = ["VFIO_MDEV"]
+    if _version(machine) < MDEV_DEVICE_UNTIL:
+        names.append("VFIO_MDEV_DEVICE")
+    for name in names:
+        value = symbols.get(name)
+        if value in ("y", "m"):
+            yield passed("kernel", f"CONFIG_{name}={value}: vGPUs can be made through mdev")
+        else:
+            yield warned("kernel", f"CONFIG_{name} is not set: only vGPUs through mdev need it",
+                         None)
+    if len(names) == 1:
+        yield passed("kernel", f"CONFIG_VFIO_MDEV_DEVICE: {release(machine)} has no such symbol, "
+                               "nor needs it")
+
+
+def _version(machine: Machine) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", release(machine))
+    return (int(found[1]), int(found[2])) if found else (99, 0)
+
+
+def _modules(machine: Machine) -> Iterator[Verdict]:
+    """Without a configuration: is the code there, as a file or in the kernel?"""
+    place = f"/lib/modules/{release(machine)}"
+    text = "\n".join(machine.text(f"{place}/{name}") or ""
+                     for name in ("modules.dep", "modules.builtin"))
+    for name in NEEDED:
+        module = MODULES[name]
+        if machine.exists(f"/sys/module/{module.replace('-', '_')}") or \
+                re.search(rf"/{module.replace('_', '[-_]')}\.ko", text):
+            yield passed("kernel", f"CONFIG_{name}: {module} is there")
+        else:
+            yield failed("kernel", f"CONFIG_{name}: there is no module {module} below {place}, and "
+                                   "the configuration is nowhere", OTHER_KERNEL)
+
+
+def iommu(machine: Machine) -> Iterator[Verdict]:
+    """The IOMMU is there, on, and used."""
+    groups = machine.names("/sys/kernel/iommu_groups")
+    units = machine.names("/sys/class/iommu")
+    if (machine.text("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode") or "N") == "Y":
+        yield failed("iommu", "vfio runs without an IOMMU (enable_unsafe_noiommu_mode)",
+                     "take the option out of /etc/modprobe.d: a guest could write to all memory")
+    if groups:
+        yield passed("iommu", f"on: {', '.join(units) or 'units are not shown'}; "
+                              f"{len(groups)} groups")
+        return
+    words = bootline.options(machine)
+    off = [word for word in words if word in ("intel_iommu=off", "amd_iommu=off", "iommu=off")]
+    if off:
+        yield failed("iommu", f"{' '.join(off)} is on the kernel's command line",
+                     f"take it away; {bootline.how(machine, bootline.wanted(machine))}")
+        return
+    maker = bootline.maker(machine)
+    intel = maker == bootline.INTEL
+    table = {bootline.INTEL: "DMAR", bootline.AMD: "IVRS"}.get(maker, "IORT")
+    tables = machine.names("/sys/firmware/acpi/tables")
+    if tables and table not in tables:
+        yield failed("iommu", f"the firmware offers none (no ACPI table {table})", (
+            f"turn it on in the firmware's setup: {'VT-d' if intel else 'IOMMU, AMD-Vi, SMMU'}"))
+    elif intel and "intel_iommu=on" not in words:
+        yield failed("iommu", "off: intel_iommu=on is not on the kernel's command line",
+                     bootline.how(machine, bootline.wanted(machine)))
+    else:
+        yield failed("iommu", "off, though nothing turns it off",
+                     "dmesg | grep -i -e DMAR -e AMD-Vi -e smmu says why; is it on in the "
+                     "firmware's setup?")
+
+
+def devices(machine: Machine) -> Iterator[Verdict]:
+    """Kata's own: KVM, and a vsock to the agent."""
+    if machine.exists("/dev/kvm"):
+        yield passed("kvm", "/dev/kvm is there")
+    else:
+        yield failed("kvm", "there is no /dev/kvm", "modprobe kvm_intel (or kvm_amd); where that "
+                     "fails, turn virtualisation on in the firmware's setup")
+    if machine.exists("/dev/vhost-vsock"):
+        yield passed("vsock", "/dev/vhost-vsock is there")
+    else:
+        yield failed("vsock", "there is no /dev/vhost-vsock: Kata says \"host system doesn't "
+                     "support vsock\"", "modprobe vhost_vsock; `host persist` keeps it")

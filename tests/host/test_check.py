@@ -1,0 +1,318 @@
+"""`host check` on recorded hosts: what passes, what fails, and the cure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from katagpu.host import support
+from tests import hosttree
+from tests.host.conftest import Host, Make
+from tests.hosttree import Device, Tree
+
+LIMITS = ("Limit                     Soft Limit           Hard Limit           Units\n"
+          "Max locked memory         {}            {}            bytes\n")
+RUNTIME = "opt/kata/share/defaults/kata-containers/runtimes/qemu-nvidia-gpu"
+A30 = "0000:d0:00.0"
+
+
+def ready(build: Callable[[Path], Tree]) -> Callable[[Path], Tree]:
+    """A host where all else is as it has to be."""
+    def made(root: Path) -> Tree:
+        tree = build(root)
+        tree.file("dev/kvm", "")
+        tree.file("opt/kata/VERSION", "4.1.0\n")
+        tree.file(f"{RUNTIME}/configuration-qemu-nvidia-gpu.toml",
+                  "[hypervisor.qemu]\ndefault_memory = 2048\n")
+        tree.file(f"{RUNTIME}/config.d/50-katagpu.toml",
+                  "[hypervisor.qemu]\ndefault_memory = 8192 # MiB\n")
+        tree.file("proc/meminfo", "MemAvailable:  99000000 kB\nHugePages_Total:  0\n")
+        tree.process(500, "containerd")
+        tree.file("proc/500/limits", LIMITS.format("unlimited", "unlimited"))
+        manifest(tree)
+        return tree
+
+    return made
+
+
+def manifest(tree: Tree, version: str = "550.163.01", flavour: str = "open", **more: Any) -> None:
+    """The manifest of an installed release."""
+    place = f"{support.CURRENT}/manifest-1.0.0.json"
+    tree.file(place, json.dumps({"kernel_release": "6.12", "driver": {
+        "version": version, "kernel_module": flavour, **more}}))
+
+
+def of(host: Host, name: str, *words: str) -> list[tuple[str, str, str]]:
+    """State, words and cure of a check's lines."""
+    return [(line["state"], line["said"], line["cure"] or "")
+            for line in host("check", *words, "--json").data["checks"] if line["name"] == name]
+
+
+def one(host: Host, name: str, *words: str) -> tuple[str, str, str]:
+    """The only line of a check."""
+    (found,) = of(host, name, *words)
+    return found
+
+
+def test_a_host_that_is_ready(host: Make) -> None:
+    here = host(ready(hosttree.a30))
+    assert here("bind", A30, "--yes").status == 0
+    said = here("check", A30)
+    assert said.status == 0, said.out
+    assert "fail  " not in said.out
+    assert "warn  " not in said.out
+    assert said.out.splitlines()[-1].endswith("pass, 0 warn, 0 fail")
+    for name in ("kernel", "iommu", "kvm", "vsock", "kata", "kata-config", "memlock", "hugepages",
+                 "memory", f"bars {A30}", f"group {A30}", f"driver {A30}", f"reset {A30}",
+                 f"driver-id {A30}"):
+        assert f"pass  {name}: " in said.out
+
+
+def test_a_host_that_lacks_all(host: Make) -> None:
+    here = host(hosttree.no_iommu)
+    said = here("check", "--json")
+    assert said.status == 1
+    bad = {line["name"] for line in said.data["checks"] if line["state"] == "fail"}
+    assert bad == {"kernel", "iommu", "kvm", "vsock", "kata", "bars", "group"}
+    assert all(line["cure"] for line in said.data["checks"] if line["state"] == "fail")
+
+
+def test_the_kernel_of_proc(host: Make) -> None:
+    here = host(ready(hosttree.t4))
+    found = of(here, "kernel")
+    assert found[:3] == [("pass", f"CONFIG_{name}=m (/proc/config.gz)", "")
+                         for name in ("VFIO", "VFIO_IOMMU_TYPE1", "VFIO_PCI")]
+    assert found[-1][1].startswith("CONFIG_VFIO_MDEV_DEVICE: 6.1.0-18-amd64 has no such symbol")
+
+
+def with_config(text: str | None, release: str = hosttree.RELEASE) -> Callable[[Path], Tree]:
+    """A host with a kernel."""
+    def made(root: Path) -> Tree:
+        return Tree(root, config=text, release=release)
+
+    return made
+
+
+@pytest.mark.parametrize(("release", "text", "said"), [
+    ("5.4.0", "CONFIG_VFIO=y\nCONFIG_VFIO_PCI=y\nCONFIG_VFIO_IOMMU_TYPE1=y\nCONFIG_VFIO_MDEV=m\n",
+     ("warn", "CONFIG_VFIO_MDEV_DEVICE is not set")),
+    ("5.4.0", "CONFIG_VFIO_MDEV_DEVICE=m\n", ("pass", "CONFIG_VFIO_MDEV_DEVICE=m: vGPUs")),
+    ("6.12.1", "CONFIG_VFIO=m\nCONFIG_VFIO_PCI=m\n", ("fail", "CONFIG_VFIO_GROUP is not set")),
+    ("6.12.1", "CONFIG_VFIO=y\n", ("fail", "CONFIG_VFIO_PCI is not set")),
+    ("6.12.1", "# CONFIG_VFIO_IOMMU_TYPE1 is not set\n",
+     ("fail", "CONFIG_VFIO_IOMMU_TYPE1 is not set"))])
+def test_kernels(host: Make, release: str, text: str, said: tuple[str, str]) -> None:
+    found = of(host(with_config(text, release)), "kernel")
+    assert any(state == said[0] and words.startswith(said[1]) for state, words, _ in found), found
+
+
+def test_a_kernel_without_its_configuration(host: Make) -> None:
+    here = host(with_config(None))
+    place = f"lib/modules/{hosttree.RELEASE}"
+    here.tree.file(f"{place}/modules.dep", "kernel/drivers/vfio/pci/vfio-pci.ko.xz: x.ko\n")
+    here.tree.file(f"{place}/modules.builtin", "kernel/drivers/vfio/vfio.ko\n")
+    assert [(state, said.partition(":")[0]) for state, said, _ in of(here, "kernel")] == [
+        ("pass", "CONFIG_VFIO"), ("fail", "CONFIG_VFIO_IOMMU_TYPE1"), ("pass", "CONFIG_VFIO_PCI")]
+    (here.tree.root / "sys/module/vfio_iommu_type1").mkdir()
+    assert {state for state, _, _ in of(here, "kernel")} == {"pass"}
+
+
+def iommu_host(cmdline: str, vendor: str, tables: tuple[str, ...]) -> Callable[[Path], Tree]:
+    """A host without groups."""
+    def made(root: Path) -> Tree:
+        tree = Tree(root, iommu=None, cmdline=cmdline, vendor=vendor)
+        for table in tables:
+            tree.file(f"sys/firmware/acpi/tables/{table}", "")
+        tree.file("etc/default/grub", "")
+        return tree
+
+    return made
+
+
+@pytest.mark.parametrize(("cmdline", "vendor", "tables", "said", "cure"), [
+    ("quiet", "GenuineIntel", ("DMAR", "FACP"), "intel_iommu=on is not on", "/etc/default/grub"),
+    ("quiet", "GenuineIntel", ("FACP",), "no ACPI table DMAR", "VT-d"),
+    ("intel_iommu=on", "GenuineIntel", ("FACP",), "no ACPI table DMAR", "VT-d"),
+    ("quiet", "AuthenticAMD", ("FACP",), "no ACPI table IVRS", "AMD-Vi"),
+    ("amd_iommu=off", "AuthenticAMD", ("IVRS",), "amd_iommu=off is on the", "take it away"),
+    ("quiet", "AuthenticAMD", ("IVRS",), "off, though nothing turns it off", "dmesg")])
+def test_an_iommu_that_is_off(host: Make, cmdline: str, vendor: str, tables: tuple[str, ...],
+                              said: str, cure: str) -> None:
+    state, words, mended = one(host(iommu_host(cmdline, vendor, tables)), "iommu")
+    assert state == "fail"
+    assert said in words
+    assert cure in mended
+
+
+def test_vfio_without_an_iommu_is_no_cure(host: Make) -> None:
+    here = host(hosttree.no_iommu)
+    here.tree.file("sys/module/vfio/parameters/enable_unsafe_noiommu_mode", "Y\n")
+    assert any("enable_unsafe_noiommu_mode" in said for _, said, _ in of(here, "iommu"))
+
+
+def test_groups(host: Make) -> None:
+    here = host(ready(hosttree.switch))
+    state, said, _ = one(here, "group", "0000:18:00.0")
+    assert state == "warn"
+    assert "0000:19:00.0 [10de:2236] too: they go to the same guest" in said
+    assert "18:00.1" not in said  # its own
+    here.tree.add(Device("0000:1a:00.0", "8086:1528", hosttree.NIC, driver="ixgbe", group=7))
+    found = of(here, "group", "0000:18:00.0")
+    assert found[0][0] == "fail"
+    assert "0000:1a:00.0 [8086:1528] too" in found[0][1]
+    assert "ACS" in found[0][2]
+
+
+def test_large_bars(host: Make) -> None:
+    here = host(hosttree.no_iommu)
+    state, said, cure = one(here, "bars")
+    assert (state, said) == ("fail", "no address for BAR 1 (16G), 3 (32M)")
+    assert "Above 4G Decoding" in cure
+    here = host(lambda root: hosttree.a30(root.with_name("other")))
+    assert one(here, "bars") == (
+        "pass", "large: BAR 1 (32G) is at 0x222800000000, above 4 GiB", "")
+
+
+@pytest.mark.parametrize(("build", "words", "state", "said"), [
+    (hosttree.t4, [], "warn", "nouveau has it"),
+    (hosttree.t4, ["3b:00.0"], "fail", "nouveau has it"),
+    (hosttree.a30, [A30], "fail", "nvidia has it"),
+    (hosttree.no_iommu, [], "warn", "none"),
+    (hosttree.a100, ["41:00.0"], "pass", "nvidia, for vGPUs (mdev)")])
+def test_drivers(host: Make, build: Callable[[Path], Tree], words: list[str], state: str,
+                 said: str) -> None:
+    found = one(host(ready(build)), "driver", *words)
+    assert (found[0], said in found[1]) == (state, True), found
+    assert state == "pass" or "host bind" in found[2]
+
+
+def test_what_is_persistent_is_meant(host: Make) -> None:
+    here = host(ready(hosttree.a30))
+    assert one(here, "driver")[0] == "warn"
+    here("persist", A30, "--yes")
+    assert one(here, "driver")[0] == "fail"
+
+
+def test_a_reset(host: Make) -> None:
+    assert one(host(hosttree.no_iommu), "reset")[0] == "warn"
+    here = host(lambda root: hosttree.a100(root.with_name("other")))
+    assert one(here, "reset")[:2] == ("pass", "flr bus")
+    (here.tree.paths["0000:41:00.0"] / "reset_method").unlink()
+    assert one(here, "reset")[1] == "possible (this kernel does not say how)"
+
+
+@pytest.mark.parametrize(("build", "facts", "state", "said"), [
+    (hosttree.a30, {}, "pass", "550.163.01 (open) drives Ampere"),
+    (hosttree.a30, {"supported_ids": ["20b5", "20b7"]}, "pass", "lists [10de:20b7]"),
+    (hosttree.a30, {"supported_ids": ["20b5"]}, "fail", "does not list [10de:20b7]"),
+    (hosttree.a30, {"version": "440.100"}, "fail", "is Ampere"),
+    (hosttree.no_iommu, {}, "fail", "is Pascal, and the guest's driver is 550.163.01 (open)"),
+    (hosttree.no_iommu, {"flavour": "closed"}, "pass", "drives Pascal"),
+    (hosttree.no_iommu, {"flavour": "closed", "version": "590.48.01"}, "fail", "is Pascal")])
+def test_the_guests_driver(host: Make, build: Callable[[Path], Tree], facts: dict[str, Any],
+                           state: str, said: str) -> None:
+    here = host(ready(build))
+    manifest(here.tree, **facts)
+    found = one(here, "driver-id")
+    assert (found[0], said in found[1]) == (state, True), found
+    assert state == "pass" or found[2]
+
+
+def test_an_id_that_nobody_knows(host: Make) -> None:
+    def unknown(root: Path) -> Tree:
+        tree = Tree(root)
+        tree.add(Device("0000:01:00.0", "10de:7fff", group=1))
+        return tree
+
+    assert one(host(ready(unknown)), "driver-id")[:2] == (
+        "warn", "not known: [10de:7fff] is of no generation that is known here, and the manifest "
+                "does not say which ids 550.163.01 (open) drives")
+
+
+@pytest.mark.parametrize(("device", "name"), [
+    ("102d", "Kepler"), ("13f2", "Maxwell"), ("15f8", "Pascal"), ("1b38", "Pascal"),
+    ("1db4", "Volta"), ("1eb8", "Turing"), ("2182", "Turing"), ("20b5", "Ampere"),
+    ("2236", "Ampere"), ("25b6", "Ampere"), ("2330", "Hopper"), ("2342", "Hopper"),
+    ("26b9", "Ada"), ("27b8", "Ada"), ("2901", "Blackwell"), ("2bb5", "Blackwell"),
+    ("0020", None), ("ffff", None)])
+def test_generations(device: str, name: str | None) -> None:
+    assert support.generation(device) == name
+
+
+def test_no_guest_is_named(host: Make) -> None:
+    assert one(host(hosttree.a30), "driver-id")[0] == "warn"
+
+
+def test_a_guest_that_is_named(host: Make, tmp_path: Path) -> None:
+    here = host(hosttree.a30)
+    here.tree.file("tmp/manifest.json", json.dumps({"kernel_release": "6", "driver": None}))
+    assert one(here, "driver-id", "--manifest", "/tmp/manifest.json")[1] == \
+        "the guest has no driver"
+    for name, text in (("/tmp/none", None), ("/tmp/bad", "{"), ("/tmp/other", "[]"),
+                       ("/tmp/lock", '{"schema": 1}')):
+        if text is not None:
+            here.tree.file(name, text)
+        said = here("check", "--manifest", name)
+        assert said.status == 1
+        assert name in said.err
+
+
+def test_kata(host: Make) -> None:
+    here = host(ready(hosttree.a30))
+    assert one(here, "kata") == ("pass", "4.1.0 (/opt/kata/VERSION)", "")
+    assert one(here, "kata-config")[1].endswith(
+        "qemu-nvidia-gpu/configuration-qemu-nvidia-gpu.toml; drop-ins: 50-katagpu.toml")
+    here.tree.file("opt/kata/VERSION", "1.10.3\n")
+    state, said, _ = one(here, "kata")
+    assert state == "fail"
+    assert "1.10.3 (/opt/kata/VERSION) is older than 1.11.0, which GPUs with large BARs" in said
+    (here.tree.root / RUNTIME / "config.d/50-katagpu.toml").unlink()
+    assert [state for state, _, _ in of(here, "kata-config")] == ["pass", "warn"]
+
+
+def test_kata_of_a_package(host: Make) -> None:
+    here = host(hosttree.t4)
+    program = here.tree.file("usr/bin/kata-runtime",
+                             "#!/bin/sh\necho 'kata-runtime  : 3.2.0'; echo ' OCI specs: 1.1.0'\n")
+    program.chmod(0o755)
+    config = "usr/share/defaults/kata-containers/configuration"
+    here.tree.file(f"{config}-qemu.toml", "")
+    (here.tree.root / f"{config}.toml").symlink_to(f"/{config}-qemu.toml")
+    found = of(here, "kata-config")
+    assert found[0][1] == f"/{config}-qemu.toml; no drop-ins"
+    here.tree.file("etc/kata-containers/configuration.toml", "")
+    assert of(here, "kata-config")[0][1].startswith("/etc/kata-containers/configuration.toml")
+
+
+def test_memory(host: Make) -> None:
+    here = host(ready(hosttree.a30))
+    assert one(here, "memory")[1] == "96679 MiB available, 8192 MiB for one guest, all pinned"
+    here.tree.file("proc/meminfo", "MemAvailable:  4000000 kB\n")
+    assert one(here, "memory")[0] == "warn"
+    here.tree.file("proc/500/limits", LIMITS.format("67108864", "67108864"))
+    state, said, cure = one(here, "memlock")
+    assert (state, "64 MiB" in said) == ("warn", True)
+    assert "LimitMEMLOCK=infinity in a drop-in of containerd.service" in cure
+    here.tree.file(f"{RUNTIME}/config.d/60-mine.toml", "enable_hugepages = true\n")
+    assert one(here, "hugepages")[0] == "fail"
+    here.tree.file("proc/meminfo", "HugePages_Total: 8\nHugePages_Free: 8\nHugepagesize: 1048576\n")
+    assert one(here, "hugepages")[:2] == ("pass", "8192 MiB free")
+
+
+def test_no_gpu(host: Make) -> None:
+    def empty(root: Path) -> Tree:
+        return Tree(root)
+
+    assert one(host(empty), "gpus")[0] == "fail"
+
+
+def test_it_changes_nothing(host: Make) -> None:
+    here = host(ready(hosttree.switch))
+    before = here.tree.snapshot()
+    here("check")
+    assert here.tree.snapshot() == before
+    assert here.kernel.written == []
