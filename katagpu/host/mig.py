@@ -22,9 +22,7 @@ INSTANCES = ("GPU", "INSTANCE", "PROFILE", "ID", "PLACEMENT", "COMPUTE")
 
 def add(commands: Commands) -> None:
     """Its command line."""
-    text = "multi-instance GPUs (MIG), through nvidia-smi"
-    group = commands.add_parser("mig", help=text, description=f"{text}.")
-    verbs = group.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = command.family(commands, "mig", "multi-instance GPUs (MIG), through nvidia-smi")
     made = command.new(verbs, "status", status, "show modes, profiles and instances")
     made.add_argument("gpu", nargs="*", metavar="BDF", help="only of these GPUs")
     for name, run, text in (("enable", enable, "turn MIG on"), ("disable", disable, "turn it off")):

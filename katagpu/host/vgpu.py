@@ -24,9 +24,7 @@ MADE = ("VGPU", "BDF", "NAME", "DIR", "VFIO")
 
 def add(commands: Commands) -> None:
     """Its command line."""
-    text = "virtual functions and vGPUs of NVIDIA's vGPU manager"
-    group = commands.add_parser("vgpu", help=text, description=f"{text}.")
-    verbs = group.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = command.family(commands, "vgpu", "virtual functions and vGPUs of NVIDIA's vGPU manager")
     made = command.new(verbs, "list", listed, "list the types that can be made, and what is made")
     made.add_argument("gpu", nargs="*", metavar="BDF", help="only of these GPUs")
     made.add_argument("--all", action="store_true", help="types too of which none is left")
