@@ -264,9 +264,9 @@ def _hypervisor(settings: KataSettings) -> Table:
         # Hooks are lost when CDI puts hooks into the same container (Kata's append_guest_hooks).
         "guest_hook_path": HOOK_PATH if settings.toolkit_mode is ToolkitMode.HOOK else "",
     }
-    if settings.shim is Shim.GO:
-        table["hot_plug_vfio"] = table.pop("hot_plug_vfio")
-    else:
+    if "hot_plug_vfio" in table:
+        table["hot_plug_vfio"] = table.pop("hot_plug_vfio")  # it stays the last one
+    if settings.shim is Shim.RUST:
         table["vm_rootfs_driver"] = "virtio-pmem" if settings.dax_header else "virtio-blk-pci"
         if not settings.extensions:
             # The driver is in our image; Kata's composable guest has it in a second one.

@@ -83,9 +83,10 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
     guest, goals, notes = plan(machine, given)
     if given.check:
         return _checked(machine, guest, goals, notes)
-    texts = [(goal, _text(machine, goal)) for goal in goals]
-    for goal, _ in texts:
+    for goal in goals:
         _must_be_ours(machine, goal.path)
+        katafiles.effective(machine, goal.target)  # what cannot be read is not added to
+    texts = [(goal, _text(machine, goal)) for goal in goals]
     machine.agree(f"write {', '.join(goal.path for goal, _ in texts)}")
     with machine.together():
         for goal, text in texts:

@@ -183,8 +183,8 @@ def effective(machine: Machine, target: Target) -> Effective:
     if reads_drop_ins(target.shim, target.version):
         for name in sorted(machine.names(target.drop_ins), key=lambda word: word.encode()):
             path = f"{target.drop_ins}/{name}"
-            where = machine.path(path)
-            if not where.is_file() or (target.shim is Shim.RUST and where.is_symlink()):
+            link = machine.path(path, follow=False).is_symlink()
+            if not machine.path(path).is_file() or (link and target.shim is Shim.RUST):
                 problems.append((f"{path} is no regular file, and Kata reads all that is in there",
                                  f"move {path} away: no container starts while it is there"))
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from katagpu.errors import UserError
 from katagpu.host import katafiles
@@ -28,6 +28,7 @@ from katagpu.kataversions import Shim
 HOME = "/opt/kata/share/kata-containers/katagpu"
 CURRENT = f"{HOME}/current"
 MANIFEST, DROP_IN = "manifest", "50-katagpu"
+Kind = TypeVar("Kind")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,21 +104,26 @@ def _drop_in(machine: Machine, place: str) -> str:
 
 def of_drop_in(values: Mapping[str, Any], path: str) -> KataSettings:
     """What a drop-in that a build wrote for Go's runtime asks for. Raises `UserError`."""
-    table = values.get("hypervisor", {}).get("qemu", {})
-    try:
-        params = str(table["kernel_params"]).split()
-        return KataSettings(
-            kernel=str(table["kernel"]), shim=Shim.GO, image=table["image"] or None,
-            initrd=table["initrd"] or None, rootfs_type=str(table["rootfs_type"]),
-            dax_header=not table["disable_image_nvdimm"],
-            kernel_verity_params=str(table["kernel_verity_params"]),
-            toolkit_mode=ToolkitMode.HOOK if table["guest_hook_path"] == HOOK_PATH
-            else ToolkitMode.CDI,
-            machine_type=str(table["machine_type"]), default_vcpus=int(table["default_vcpus"]),
-            default_memory=int(table["default_memory"]),
-            extra_kernel_params=tuple(word for word in params if word not in KERNEL_PARAMS),
-            extensions=tuple(Extension(**disk) for disk in
-                             table.get("guest_extension_images", ())))
-    except (KeyError, TypeError, ValueError) as failure:
-        raise UserError(f"{path}: [{HYPERVISOR}] is not as a build writes it: {failure}",
-                        hint="take the release again") from None
+    found = values.get("hypervisor", {}).get("qemu", {})
+
+    def get(key: str, kind: type[Kind]) -> Kind:
+        value = found.get(key)
+        if type(value) is not kind:
+            raise UserError(f"{path}: {key} in [{HYPERVISOR}] is {value!r}, and not as a build "
+                            "writes it", hint="take the release again")
+        return value
+
+    words = get("kernel_params", str).split()
+    hook = get("guest_hook_path", str) == HOOK_PATH
+    return KataSettings(
+        kernel=get("kernel", str), shim=Shim.GO, image=get("image", str) or None,
+        initrd=get("initrd", str) or None, rootfs_type=get("rootfs_type", str),
+        dax_header=not get("disable_image_nvdimm", bool),
+        kernel_verity_params=get("kernel_verity_params", str),
+        toolkit_mode=ToolkitMode.HOOK if hook else ToolkitMode.CDI,
+        machine_type=get("machine_type", str), default_vcpus=get("default_vcpus", int),
+        default_memory=get("default_memory", int),
+        extra_kernel_params=tuple(word for word in words if word not in KERNEL_PARAMS),
+        extensions=tuple(Extension(**{name: str(disk.get(name, "")) for name in
+                                      ("name", "path", "verity_params")})
+                         for disk in found.get("guest_extension_images", ())))

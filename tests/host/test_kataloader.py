@@ -1,7 +1,7 @@
 """Kata's own loader (Go) reads what is written for it, and merges by the rules written down here.
 
 The module comes through the Go proxy that this machine is configured for, at the versions that can
-be had there. `KATAGPU_TEST_KATA`, directories of src/runtime of other releases, separated by
+be had there. `KATAGPU_TEST_KATA`, checkouts of Kata's repository at other releases, separated by
 colons, adds those. Where there is neither, the tests skip, and the rules stand in
 tests/host/test_katafiles.py.
 """
@@ -95,7 +95,7 @@ def _names() -> list[str]:
 
 
 @pytest.fixture(scope="session", params=_names(),
-                ids=lambda name: Path(name).parent.name if "/" in name else name)
+                ids=lambda name: Path(name).name)
 def loader(request: pytest.FixtureRequest,
            tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
     """Kata's loader, of each release that can be had."""
@@ -103,8 +103,8 @@ def loader(request: pytest.FixtureRequest,
         pytest.skip("go is not installed")
     place = tmp_path_factory.mktemp("kata")
     name = request.param
-    source = _module(name) if name in MODULES else Path(name)
-    version = parse(name if name in MODULES else (source / "VERSION").read_text())
+    source = _module(name) if name in MODULES else Path(name) / "src/runtime"
+    version = parse(name if name in MODULES else (Path(name) / "VERSION").read_text())
     program = _build(source, place / "source")
     shutil.move(program, place / "loader")
     shutil.rmtree(place / "source")
