@@ -244,7 +244,8 @@ def _uuid(machine: Machine, text: str | None) -> str:
 def _why_none(machine: Machine, gpu: Function) -> str:
     """Why no vGPU can be made of a GPU."""
     everything: Sequence[Kind] = list(vgputypes.kinds(machine, gpu))
-    if everything:
+    if everything or any(machine.exists(f"{DEVICES}/{place}/{CURRENT}")
+                         for place in vgputypes.places(gpu)):
         return "no type has an instance left (--all lists them); with MIG on, make GPU instances " \
                "first: katagpu host mig create"
     if gpu.driver == "vfio-pci":

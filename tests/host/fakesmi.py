@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 STATE = "nvidia-smi.json"
-PROFILES = [("1g.10gb", 19, 7, 9.50, 1), ("1g.10gb+me", 20, 1, 9.50, 1), ("2g.20gb", 14, 3, 19.50,
-            2), ("3g.40gb", 9, 2, 39.25, 4), ("4g.40gb", 5, 1, 39.25, 4), ("7g.80gb", 0, 1, 78.75, 8)]
+PROFILES = [("1g.10gb", 19, 7, 9.50, 1), ("1g.10gb+me", 20, 1, 9.50, 1),
+            ("2g.20gb", 14, 3, 19.50, 2), ("3g.40gb", 9, 2, 39.25, 4),
+            ("4g.40gb", 5, 1, 39.25, 4), ("7g.80gb", 0, 1, 78.75, 8)]
 SLICES = 8
 
 
-def write(root: Path, address: str, **changes: Any) -> None:
+def write(root: Path, gpu: str, **changes: Any) -> None:
     """Its state: one GPU, whose MIG is off."""
     (root / STATE).write_text(json.dumps({
-        "address": address, "current": "Disabled", "pending": "Disabled", "instances": [],
+        "address": gpu, "current": "Disabled", "pending": "Disabled", "instances": [],
         "processes": [], "mode": "None", "slow": False, "fail": {}, "log": [], **changes}))
 
 
@@ -125,10 +126,9 @@ class Smi:
         rows = []
         for name, number, total, memory, size in PROFILES:
             free = min(total, (SLICES - used) // size)
-            rows += [f"|   0  MIG {name:<14}{number:>4}{free:>6}/{total}        {memory:.2f}      No"
-                     "     14     1     0   |",
-                     "|                                                             1     1     0   "
-                     "|"]
+            rows += [f"|   0  MIG {name:<14}{number:>4}{free:>6}/{total}        {memory:.2f}      "
+                     "No     14     1     0   |",
+                     f"|{'1     1     0   ':>77}|"]
         self.table(" GPU   Name             ID    Instances   Memory     P2P    SM    DEC   ENC",
                    rows, "GPU instance profiles")
 
@@ -143,9 +143,8 @@ class Smi:
     def change(self, words: list[str]) -> int:
         """Make and destroy instances."""
         instances = self.state["instances"]
-        options = dict(zip(words[::2], words[1::2]))  # noqa: B905
-        if "-cgi" in options:
-            number, _, start = options["-cgi"].partition(":")
+        if "-cgi" in words:
+            number, _, start = words[words.index("-cgi") + 1].partition(":")
             name, profile, _, _, size = next(one for one in PROFILES if str(one[1]) == number)
             taken = {slot for one in instances
                      for slot in range(one["start"], one["start"] + one["size"])}
@@ -157,7 +156,8 @@ class Smi:
             print(f"Successfully created GPU instance ID {made['id']:>2} on GPU  0 using profile "
                   f"MIG {name} (ID {profile:>2})")
         else:
-            one = next(one for one in instances if str(one["id"]) == options["-gi"])
+            wanted = words[words.index("-gi") + 1]
+            one = next(one for one in instances if str(one["id"]) == wanted)
             if "-cci" in words:
                 one["compute"].append(len(one["compute"]))
             elif "-dci" in words:

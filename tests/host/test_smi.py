@@ -66,8 +66,8 @@ GUIDE = """\
 @pytest.mark.parametrize(("text", "rows"), [
     (GUIDE, [("1g.10gb", 19, 7), ("1g.10gb+me", 20, 1)]),
     # Driver 450, narrower; a comma for a point, from a locale that was not asked for.
-    ("| GPU   Name          ID |\n|=====|\n|   0  MIG 7g.40gb     0     1/1        39,50      No     "
-     "98     5     0   |\n", [("7g.40gb", 0, 1)]),
+    ("| GPU   Name          ID |\n|=====|\n|   0  MIG 7g.40gb     0     1/1        39,50      No  "
+     "   98     5     0   |\n", [("7g.40gb", 0, 1)]),
     ("|  12  MIG 1g.24gb-me  65     0/4       23.62       No     46     1     1   |\n",
      [("1g.24gb-me", 65, 0)])])
 def test_profiles_of_other_drivers(say: Say, text: str, rows: list[tuple[str, int, int]]) -> None:
