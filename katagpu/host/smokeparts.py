@@ -31,15 +31,15 @@ REASONS: Sequence[tuple[str, str]] = (
      "LimitMEMLOCK=infinity for containerd, or less default_memory"),
     (r"key \S+ not found|error applying key", "a drop-in has a key that this Kata does not know: "
      "katagpu host configure --check"),
-    (r"Root Ports? exceed|no more (free )?(root|pcie) ports?|no free .*port",
+    (r"Root Ports? exce+d|no more (free )?(root|pcie) ports?|no free .*port",
      "more functions than ports: katagpu host configure"),
     (r"dial.*timed? ?out|timed out connecting to vsock|agent.*not respond|CheckRequest",
      "the guest did not start, or its agent did not: journalctl -t kata; is the kernel that of the "
      "image? katagpu host configure --check"),
-    (r"shim.*(not found|no such file)|runtime.*not (found|installed|supported)|executable file not "
-     r"found", "containerd does not find Kata's shim: katagpu host snippets containerd"),
     (r"no such file or directory.*(vmlinu|\.img|\.image|initrd)|(vmlinu|\.img|\.image|initrd).*no "
      r"such file", "a file of the guest is not there: katagpu-install.pyz status"),
+    (r"shim.*(not found|no such file)|runtime.*not (found|installed|supported)|executable file not "
+     r"found", "containerd does not find Kata's shim: katagpu host snippets containerd"),
     (r"failed to resolve|pull access denied|not found.*manifest|image.*not found",
      "the container's image cannot be pulled: --image with one that can"),
     (r"permission denied|must be root|connect: permission", "run it as root: sudo"),
