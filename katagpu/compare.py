@@ -6,6 +6,7 @@ driver bump shows what a library became, and not one file gone and another new.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -16,6 +17,7 @@ from katagpu.finished import Finished
 
 LISTED_APART = ("schema", "packages", "parts", "checks", "boot_check")
 """Fields of the manifest that are not among the facts."""
+LONGEST_LIST = 40  # entries that are shown
 
 
 class How(StrEnum):
@@ -146,11 +148,18 @@ def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
         elif isinstance(child, dict):
             yield from _leaves(child, f"{prefix}{name}.")
         elif isinstance(child, list):
-            yield prefix + name, ", ".join(map(str, child)) or "none"
+            yield prefix + name, _listed([str(each) for each in child])
         elif isinstance(child, bool):
             yield prefix + name, "yes" if child else "no"
         else:
             yield prefix + name, "none" if child is None else str(child)
+
+
+def _listed(entries: list[str]) -> str:
+    """A list in a line; of a long one (the GPUs of a driver) how long it is, and its digest."""
+    if len(entries) <= LONGEST_LIST:
+        return ", ".join(entries) or "none"
+    return f"{len(entries)} entries (sha256:{hashlib.sha256(repr(entries).encode()).hexdigest()})"
 
 
 def _checks(before: tuple[str, ...], after: tuple[str, ...]) -> Iterator[Change]:

@@ -103,6 +103,17 @@ def test_facts_of_the_manifest(place: Path) -> None:
             "  + every check passed"} <= set(text)
 
 
+def test_a_long_list_is_not_shown_whole(place: Path) -> None:
+    ids = [f"{number:04x}" for number in range(300)]
+    found = differences(place, {"gpus": ids},
+                        {"gpus": [*ids[1:], "20b7"]})
+    (change,) = found.facts
+    assert change.before != change.after
+    for said in (change.before, change.after):
+        assert said is not None
+        assert said.startswith("300 entries (sha256:")
+
+
 def test_sizes_of_the_parts_and_of_what_is_in_the_guest(place: Path) -> None:
     found = differences(place, {}, {
         "image_size": 9_000_000, "sizes": {"distribution": 1000, "NVIDIA user space: libcuda": 900,

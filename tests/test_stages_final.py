@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from katagpu import guest, keys, recipe
 from katagpu.lock import Deb, Lock
-from katagpu.schema import Recipe, ToolkitSource
+from katagpu.schema import DriverSource, Recipe, ToolkitSource
 from katagpu.stages.api import Build, Stage
 from katagpu.store import Kind, Output, Store
 
@@ -53,11 +53,11 @@ def stage(chosen: Recipe) -> Stage:
     return guest.stages(chosen, lock, REPOSITORY)["manifest"]
 
 
-def made(chosen: Recipe, place: Path) -> dict[str, Any]:
+def made(chosen: Recipe, place: Path, text: str = "word") -> dict[str, Any]:
     """The manifest, made of inputs that are all one file."""
     store = Store(place / "store")
     store.prepare()
-    (place / "word").write_text("word")
+    (place / "word").write_text(text)
     blob, size = store.put(place / "word")
     found = stage(chosen)
     inputs = dict.fromkeys(found.inputs, Output(kind=Kind.FILE, identity=blob, blob=blob,
@@ -76,6 +76,16 @@ def test_packages_given_as_files_are_listed(given: Recipe, tmp_path: Path) -> No
         "source": "debs", "version": "1.17.8-1", "mode": "cdi", "files": {
             name: {"sha256": keys.file_digest(tmp_path / name),
                    "size": (tmp_path / name).stat().st_size} for name in ("one.deb", "two.deb")}}
+
+
+def test_the_gpus_of_nvidias_own_list_are_in_it(tmp_path: Path) -> None:
+    default = recipe.load("debian-trixie", REPOSITORY)
+    chosen = replace(default, driver=replace(default.driver, source=DriverSource.RUNFILE))
+    for place, text in (("some", '["1eb8", "20b7"]'), ("none", "[]")):
+        (tmp_path / place).mkdir()
+        found = made(chosen, tmp_path / place, text)["driver"]
+        assert found["source"] == "runfile"
+        assert found.get("supported_ids") == (["1eb8", "20b7"] if place == "some" else None)
 
 
 def test_a_toolkit_without_files_has_none(tmp_path: Path) -> None:

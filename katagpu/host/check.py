@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from katagpu.errors import UserError
 from katagpu.host import (
     command,
     gpucheck,
@@ -17,8 +18,7 @@ from katagpu.host import (
 )
 from katagpu.host.command import Answer, Commands
 from katagpu.host.machine import Machine
-from katagpu.host.pci import Function
-from katagpu.host.verdict import State, Verdict, failed
+from katagpu.host.verdict import State, Verdict, failed, warned
 
 
 def add(commands: Commands) -> None:
@@ -54,12 +54,11 @@ def verdicts(machine: Machine, given: argparse.Namespace) -> Iterator[Verdict]:
     if not gpus:
         yield failed("gpus", "there is no NVIDIA GPU here", "lspci -nn -d 10de: shows them; is it "
                      "in its slot, powered, and given to this machine?")
-    meant = _meant(machine, given)
+    meant = {gpu.address for gpu in gpus} if given.bdf else set()
+    try:
+        meant |= set(persist.kept(machine))
+    except UserError as foreign:
+        yield warned("persist", foreign.what, foreign.hint)
     for gpu in gpus:
         yield from gpucheck.check(machine, gpu, meant=gpu.address in meant)
         yield support.check(gpu, facts[1] if facts else None)
-
-
-def _meant(machine: Machine, given: argparse.Namespace) -> set[str]:
-    named: list[Function] = [pci.resolve(machine, text) for text in given.bdf]
-    return {gpu.address for gpu in named} | set(persist.kept(machine))

@@ -10,7 +10,6 @@ from katagpu.host.machine import Machine
 from katagpu.host.pci import NVIDIA, Function
 from katagpu.host.verdict import Verdict, failed, passed, warned
 
-GIB4 = 1 << 32
 ABOVE_4G = ('in the firmware\'s setup turn on "Above 4G Decoding" (also: "Memory Mapped I/O above '
             '4GB", "Memory Hole for PCI MMIO"), with a window that is large enough; else boot with '
             "pci=realloc")
@@ -25,10 +24,14 @@ def check(machine: Machine, gpu: Function, *, meant: bool) -> Iterator[Verdict]:
 
 
 def bars(gpu: Function) -> Iterator[Verdict]:
-    """Every BAR has an address, a large one above 4 GiB."""
+    """The GPU answers, and every BAR has an address."""
     lost = [bar for bar in gpu.bars if not bar.assigned]
-    if not gpu.bars:
-        yield failed("bars", "it has no BARs: it does not answer, or is switched off",
+    if not gpu.answers:
+        yield failed("bars", "it does not answer: its configuration reads all ones",
+                     "it has fallen off the bus, or sleeps (D3cold): power the host off and on; "
+                     "dmesg | grep -i -e pcie -e aer says why", gpu.address)
+    elif not gpu.bars:
+        yield failed("bars", "it has no BARs",
                      "power the host off and on; dmesg | grep -i pci", gpu.address)
     elif lost:
         names = ", ".join(f"{bar.number} ({pci.amount(bar.size) if bar.size else 'size unknown'})"
@@ -36,11 +39,9 @@ def bars(gpu: Function) -> Iterator[Verdict]:
         yield failed("bars", f"no address for BAR {names}", ABOVE_4G, gpu.address)
     for bar in gpu.bars:
         if bar.large and bar.assigned:
-            place = f"BAR {bar.number} ({pci.amount(bar.size)}) is at {bar.start:#x}"
-            if bar.start >= GIB4:
-                yield passed("bars", f"large: {place}, above 4 GiB", gpu.address)
-            else:
-                yield failed("bars", f"{place}, below 4 GiB", ABOVE_4G, gpu.address)
+            # A BAR lies at a multiple of its size: one of more than 4 GiB is above 4 GiB.
+            yield passed("bars", f"large: BAR {bar.number} ({pci.amount(bar.size)}) is at "
+                         f"{bar.start:#x}, above 4 GiB", gpu.address)
     if gpu.bars and not lost and not gpu.large:
         yield passed("bars", "small, and all have addresses", gpu.address)
 
@@ -73,6 +74,11 @@ def group(machine: Machine, gpu: Function) -> Iterator[Verdict]:
 
 def driver(machine: Machine, gpu: Function, *, meant: bool) -> Iterator[Verdict]:
     """vfio-pci has it, and its device node is there."""
+    if machine.text(f"{gpu.path}/boot_vga") == "1":
+        yield warned("console", "the firmware's console is on it, and may hold its BARs",
+                     "another card as the first display in the firmware's setup; else "
+                     "video=efifb:off (initcall_blacklist=sysfb_init) on the command line",
+                     gpu.address)
     if gpu.driver == VFIO:
         nodes = vfio.nodes(machine, gpu)
         if nodes:

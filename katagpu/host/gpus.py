@@ -24,17 +24,24 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
     """List them."""
     gpus = pci.gpus(machine)
     if not gpus:
-        return Answer(["no NVIDIA GPU is here"], {"gpus": []})
+        return Answer(["no NVIDIA GPU is here"], {"gpus": [], "nvswitches": []})
     names = pciids.load(machine, pci.NVIDIA)
     modes = nvidia.mig(machine, gpus)
     found = [describe(machine, gpu, names, modes) for gpu in gpus]
     lines = command.table(HEAD, [_row(entry) for entry in found])
+    lines += _groups(found)
     for entry in found:
         lines += _notes(entry)
     if names is None:
         lines.append("names are not known: this host has no pci.ids (Debian: the package pci.ids; "
                      "Red Hat: hwdata)")
-    return Answer(lines, {"gpus": found})
+    switches = pci.switches(machine)
+    lines += [f"NVSwitch {switch}, driver {switch.driver or 'none'}, group {switch.group}: a guest "
+              "with all GPUs of the board needs it too" for switch in switches]
+    return Answer(lines, {"gpus": found, "nvswitches": [
+        {"bdf": switch.address, "vendor": switch.vendor, "device": switch.device,
+         "driver": switch.driver, "iommu_group": switch.group and int(switch.group)}
+        for switch in switches]})
 
 
 def describe(machine: Machine, gpu: Function, names: dict[str, str] | None,
@@ -79,14 +86,22 @@ def _row(entry: dict[str, Any]) -> list[str]:
             " ".join(entry["vfio"]) or "-", word(entry["name"])]
 
 
+def _groups(found: list[dict[str, Any]]) -> list[str]:
+    """What else is in the groups, each group once."""
+    lines: dict[int, str] = {}
+    for entry in found:
+        others = [f"{member['bdf']} [{member['id']}] "
+                  f"({'a bridge, which stays' if member['bridge'] else member['driver']})"
+                  for member in entry["group_members"]]
+        if others:
+            lines.setdefault(entry["iommu_group"], f"  group {entry['iommu_group']}: "
+                             f"{entry['bdf']}, with {', '.join(others)}")
+    return list(lines.values())
+
+
 def _notes(entry: dict[str, Any]) -> list[str]:
     """What a column has no room for."""
     lines = []
-    for member in entry["group_members"]:
-        what = "a bridge, which stays" if member["bridge"] else \
-            f"driver {member['driver'] or 'none'}"
-        lines.append(f"  {entry['bdf']}: group {entry['iommu_group']} has {member['bdf']} "
-                     f"[{member['id']}] too ({what})")
     if any(not bar["assigned"] for bar in entry["bars"]):
         lines.append(f"  {entry['bdf']}: ! is a BAR without an address: `host check` says more")
     lines += [f"  {entry['bdf']}: vGPU {made}" for made in entry["vgpu"]["made"]]

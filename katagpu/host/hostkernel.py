@@ -105,7 +105,7 @@ def iommu(machine: Machine) -> Iterator[Verdict]:
                      "take the option out of /etc/modprobe.d: a guest could write to all memory")
     if groups:
         yield passed("iommu", f"on: {', '.join(units) or 'units are not shown'}; "
-                              f"{len(groups)} groups")
+                              f"groups: {len(groups)}")
         return
     words = bootline.options(machine)
     off = [word for word in words if word in ("intel_iommu=off", "amd_iommu=off", "iommu=off")]
@@ -120,13 +120,20 @@ def iommu(machine: Machine) -> Iterator[Verdict]:
     if tables and table not in tables:
         yield failed("iommu", f"the firmware offers none (no ACPI table {table})", (
             f"turn it on in the firmware's setup: {'VT-d' if intel else 'IOMMU, AMD-Vi, SMMU'}"))
-    elif intel and "intel_iommu=on" not in words:
+    elif intel and "intel_iommu=on" not in words and not _by_default(machine):
         yield failed("iommu", "off: intel_iommu=on is not on the kernel's command line",
                      bootline.how(machine, bootline.wanted(machine)))
     else:
         yield failed("iommu", "off, though nothing turns it off",
                      "dmesg | grep -i -e DMAR -e AMD-Vi -e smmu says why; is it on in the "
                      "firmware's setup?")
+
+
+def _by_default(machine: Machine) -> bool:
+    """Does the kernel turn Intel's IOMMU on unasked?"""
+    found = configuration(machine)
+    return found is not None and any(
+        found[1].get(f"INTEL_IOMMU_DEFAULT_ON{end}") == "y" for end in ("", "_INTGPU_OFF"))
 
 
 def devices(machine: Machine) -> Iterator[Verdict]:

@@ -106,8 +106,12 @@ class Machine:
         return None if found is None else found.decode(errors="replace").strip()
 
     def exists(self, path: str) -> bool:
-        """Is it there? (A link to nothing is not.)"""
-        return self.path(path).exists()
+        """Is it there? (A link to nothing is not, nor what we may not see.)"""
+        try:
+            self.path(path).stat()
+        except OSError:
+            return False
+        return True
 
     def names(self, path: str) -> list[str]:
         """What is in a directory, sorted; nothing where there is none."""
@@ -265,8 +269,10 @@ class Machine:
         if isinstance(change, Run):
             found = self.programs.run(change.argv, change.timeout)
             if found.status != 0:
+                denied = any(os.strerror(number) in found.said
+                             for number in (errno.EACCES, errno.EPERM))
                 raise UserError(f"`{' '.join(change.argv)}` failed with status {found.status}:"
-                                f"\n    {found.said}")
+                                f"\n    {found.said}", hint=HINTS[errno.EPERM] if denied else None)
             return found
         try:
             if isinstance(change, Write):

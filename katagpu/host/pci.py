@@ -47,7 +47,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Function:
-    """A PCI function. Ids are hexadecimal, without 0x; `kind` is the class, six digits."""
+    """A PCI function. Ids are hexadecimal, without 0x; `kind` is the class, six digits.
+
+    Not `answers`: its configuration reads all ones, though the kernel remembers it.
+    """
 
     address: str
     vendor: str
@@ -63,6 +66,7 @@ class Function:
     vfs: Sequence[str]
     parent: str | None
     resets: Sequence[str] | None
+    answers: bool = True
 
     @property
     def path(self) -> str:
@@ -119,7 +123,8 @@ def read(machine: Machine, address: str) -> Function:
         group=machine.link(f"{path}/iommu_group"), numa=_node(text("numa_node")),
         total_vfs=int(text("sriov_totalvfs") or 0),
         vfs=[name for name in (machine.link(f"{path}/{vf}") for vf in vfs) if name],
-        parent=machine.link(f"{path}/physfn"), resets=resets)
+        parent=machine.link(f"{path}/physfn"), resets=resets,
+        answers=config[:4] != b"\xff" * 4 or machine.exists(f"{path}/physfn"))
 
 
 def _node(text: str) -> int | None:
@@ -165,6 +170,12 @@ def gpus(machine: Machine) -> list[Function]:
     found = [read(machine, name) for name in machine.names(DEVICES)
              if machine.text(f"{DEVICES}/{name}/vendor") == f"0x{NVIDIA}"]
     return [function for function in found if function.gpu and function.parent is None]
+
+
+def switches(machine: Machine) -> list[Function]:
+    """NVIDIA's NVSwitches, which a guest with all GPUs of a board needs too."""
+    return [function for function in functions(machine)
+            if function.vendor == NVIDIA and function.kind[:4] == "0680"]
 
 
 def members(machine: Machine, group: str) -> list[Function]:

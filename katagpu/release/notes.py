@@ -76,4 +76,6 @@ def _use(release: Release) -> Iterator[str]:
         f"python3 {layout.INSTALLER} install --key PUBLIC.pem .", "```", "",
         "or without it, from the registry that it is published to:", "", "```sh",
         f"python3 {layout.INSTALLER} install --key PUBLIC.pem oci://REGISTRY/REPOSITORY:"
-        f"{release.version}", "```")
+        f"{release.version}", "```", "",
+        "What the host lacks to give its GPUs to guests, and how they are given:", "", "```sh",
+        f"python3 {layout.HOST} check", f"python3 {layout.HOST} --help", "```")

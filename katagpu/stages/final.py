@@ -138,7 +138,7 @@ def manifest(recipe: Recipe, lock: Lock, root: Path) -> Stage:
               "release": Ref(stage="kernel", output="release"),
               "report": Ref(stage="rootfs", output="report")}
     if driver.source is DriverSource.RUNFILE:
-        inputs["run"] = RUN
+        inputs |= {"run": RUN, "supported": Ref(stage="driver_user", output="supported")}
     if split(recipe):
         inputs |= {**DISK, "extension_report": Ref(stage="extension_root", output="report")}
     inputs |= _hash_trees(recipe)
@@ -160,6 +160,8 @@ def make_manifest(build: Build) -> None:
                **_given(build), "parts": {name: parts[name] for name in listed},
                "checks": [line for name in reports
                           for line in build.blob(name).read_text().splitlines()]}
+    if "supported" in build.inputs and (ids := json.loads(build.blob("supported").read_text())):
+        content["driver"] = {**content["driver"], "supported_ids": ids}
     for name, field in (("verity", "verity_params"), ("image_verity", "kernel_verity_params")):
         if name in build.inputs:
             content[field] = _line(build, name)

@@ -24,6 +24,7 @@ from katagpu import (
     nvinstaller,
     nvoutcome,
     nvpreflight,
+    nvsupported,
 )
 from katagpu.drivermanifest import Manifest
 from katagpu.errors import StepError, TookTooLong
@@ -53,7 +54,7 @@ def user(recipe: Recipe, root: Path, below: Mapping[str, Ref]) -> Stage:
     driver = recipe.driver
     inputs: dict[str, Ref] = {**below, "run": RUN,
                               "release": Ref(stage="kernel", output="release")}
-    outputs = {"layer": Kind.TREE, "parts": Kind.FILE}
+    outputs = {"layer": Kind.TREE, "parts": Kind.FILE, "supported": Kind.FILE}
     options: dict[str, Any] = {
         "layers": list(below), "version": driver.version,
         "capabilities": sorted(str(name) for name in driver.capabilities),
@@ -120,6 +121,9 @@ def make_user(build: Build) -> None:
     if with_compiler is not None:
         _take_modules(build, guest, upper, request, with_compiler.headers)
     build.put_bytes("parts", json.dumps(_parts(tree, selection), indent=1).encode())
+    listed = tree / nvsupported.FILE
+    build.put_bytes("supported", json.dumps(
+        nvsupported.ids(listed.read_text()) if listed.exists() else []).encode())
     build.put_tree("layer", taken)
 
 

@@ -74,6 +74,22 @@ def test_the_whole_group(host: Make) -> None:
     assert drivers(here, *GROUP) == ["nvidia", "snd_hda_intel", "nvidia"]
 
 
+def test_what_a_kill_left_half_done_is_completed_or_taken_back(host: Make) -> None:
+    here = host(hosttree.switch)
+    for address in ("0000:18:00.0", "0000:18:00.1"):  # killed before the second was probed
+        here.kernel(here.tree.paths[address] / "driver_override", b"vfio-pci")
+        name = here.tree.bound(address)
+        here.kernel(here.tree.root / f"sys/bus/pci/drivers/{name}/unbind", address.encode())
+    before = drivers(here, *GROUP)
+    assert before == [None, None, "nvidia"]
+    assert here("unbind", A10, "--yes").status == 0
+    assert drivers(here, *GROUP) == ["nvidia", "snd_hda_intel", "nvidia"]
+    here.kernel(here.tree.paths[A10] / "driver_override", b"vfio-pci")
+    here.kernel(here.tree.root / "sys/bus/pci/drivers/nvidia/unbind", A10.encode())
+    assert here("bind", A10, "--yes").status == 0
+    assert drivers(here, *GROUP) == ["vfio-pci"] * 3
+
+
 def test_nouveau(host: Make) -> None:
     here = host(hosttree.t4)
     assert here("bind", "3b:00.0", "--yes").status == 0  # as lspci writes it

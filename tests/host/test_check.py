@@ -148,6 +148,12 @@ def test_an_iommu_that_is_off(host: Make, cmdline: str, vendor: str, tables: tup
     assert cure in mended
 
 
+def test_a_kernel_that_turns_the_iommu_on_unasked(host: Make) -> None:
+    here = host(iommu_host("quiet", "GenuineIntel", ("DMAR",)))
+    here.tree.file(f"boot/config-{hosttree.RELEASE}", "CONFIG_INTEL_IOMMU_DEFAULT_ON=y\n")
+    assert one(here, "iommu")[1] == "off, though nothing turns it off"
+
+
 def test_vfio_without_an_iommu_is_no_cure(host: Make) -> None:
     here = host(hosttree.no_iommu)
     here.tree.file("sys/module/vfio/parameters/enable_unsafe_noiommu_mode", "Y\n")
@@ -177,6 +183,21 @@ def test_large_bars(host: Make) -> None:
         "pass", "large: BAR 1 (32G) is at 0x222800000000, above 4 GiB", "")
 
 
+def test_a_gpu_that_fell_off_the_bus(host: Make) -> None:
+    here = host(hosttree.a30)
+    (here.tree.paths[A30] / "config").write_bytes(b"\xff" * 64)
+    found = of(here, "bars")
+    assert found[0][:2] == ("fail", "it does not answer: its configuration reads all ones")
+
+
+def test_the_console(host: Make) -> None:
+    here = host(ready(hosttree.t4))
+    (here.tree.paths["0000:3b:00.0"] / "boot_vga").write_text("1\n")
+    assert one(here, "console")[0] == "warn"
+    here.search = here.tree.programs()
+    assert "is this host's console" in here("bind", "3b:00.0", "--yes").err
+
+
 @pytest.mark.parametrize(("build", "words", "state", "said"), [
     (hosttree.t4, [], "warn", "nouveau has it"),
     (hosttree.t4, ["3b:00.0"], "fail", "nouveau has it"),
@@ -195,6 +216,13 @@ def test_what_is_persistent_is_meant(host: Make) -> None:
     assert one(here, "driver")[0] == "warn"
     here("persist", A30, "--yes")
     assert one(here, "driver")[0] == "fail"
+
+
+def test_a_file_of_somebody_else_does_not_stop_it(host: Make) -> None:
+    here = host(ready(hosttree.a30))
+    here.tree.file("etc/modprobe.d/katagpu-vfio.conf", "options vfio-pci ids=10de:20b7\n")
+    assert one(here, "persist")[0] == "warn"
+    assert one(here, "driver")[0] == "warn"
 
 
 def test_a_reset(host: Make) -> None:

@@ -75,10 +75,11 @@ def test_mig_of_nvidia_smi(host: Make, script: str, mode: str) -> None:
 
 def test_a_shared_group(host: Make) -> None:
     said = host(hosttree.switch)("gpus")
-    assert said.out.count("[10de:2236]") == 2 + 2
-    assert "0000:18:00.0: group 7 has 0000:18:00.1 [10de:1aef] too (driver snd_hda_intel)" \
-        in said.out
-    assert "0000:17:00.0 [10b5:8747] too (a bridge, which stays)" in said.out
+    (line,) = [line for line in said.out.splitlines() if line.startswith("  group 7: ")]
+    assert line == (
+        "  group 7: 0000:18:00.0, with 0000:16:02.0 [8086:347a] (a bridge, which stays), "
+        "0000:17:00.0 [10b5:8747] (a bridge, which stays), 0000:18:00.1 [10de:1aef] "
+        "(snd_hda_intel), 0000:19:00.0 [10de:2236] (nvidia)")
 
 
 def test_bars_without_an_address(host: Make) -> None:
@@ -111,6 +112,18 @@ def test_the_newer_interface_of_vgpus(host: Make) -> None:
     assert gpu["vgpu"]["interface"] == "vendor"
     assert "0000:41:00.6" in gpu["vgpu"]["made"]
     assert "0000:41:00.4" not in gpu["vgpu"]["made"]
+
+
+def test_an_nvswitch(host: Make) -> None:
+    here = host(hosttree.a30)
+    here.tree.add(hosttree.Device("0000:c4:00.0", "10de:22a3", "068000", driver="nvidia-nvswitch",
+                                  group=170))
+    said = here("gpus", "--json").data
+    assert [gpu["bdf"] for gpu in said["gpus"]] == ["0000:d0:00.0"]
+    assert said["nvswitches"] == [{"bdf": "0000:c4:00.0", "vendor": "10de", "device": "22a3",
+                                   "driver": "nvidia-nvswitch", "iommu_group": 170}]
+    assert "NVSwitch 0000:c4:00.0 [10de:22a3], driver nvidia-nvswitch, group 170" in \
+        here("gpus").out
 
 
 def test_none(host: Make) -> None:
