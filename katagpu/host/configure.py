@@ -62,17 +62,17 @@ def options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--release", metavar="DIR",
                       help="the guest: a release's directory, or out/RECIPE/DRIVER (default: the "
                            "installed release)")
-    made.add_argument("--shim", type=Shim, choices=list(Shim), help="one runtime (default: all)")
+    made.add_argument("--shim", choices=list(map(str, Shim)), help="one runtime (default: all)")
     made.add_argument("--handler", metavar="NAME",
                       help="the runtime's name at kata-deploy (default: qemu-nvidia-gpu)")
     made.add_argument("--config", metavar="FILE", help="Kata's configuration file")
     made.add_argument("--kata-version", metavar="X.Y.Z", help="the release of Kata")
     made.add_argument("--functions", type=int, metavar="N",
                       help="how many PCI functions one sandbox gets (default: all GPUs' groups)")
-    made.add_argument("--bar", type=Bar, choices=list(Bar), help="how large the GPUs' BARs are")
-    made.add_argument("--plug", type=Plug, choices=list(Plug), default=Plug.COLD,
+    made.add_argument("--bar", choices=list(map(str, Bar)), help="how large the GPUs' BARs are")
+    made.add_argument("--plug", choices=list(map(str, Plug)), default="cold",
                       help="with the sandbox's start, or later (default: cold)")
-    made.add_argument("--port", type=Port, choices=list(Port), default=Port.ROOT,
+    made.add_argument("--port", choices=list(map(str, Port)), default="root-port",
                       help="what GPUs are plugged into (default: root-port)")
 
 
@@ -112,17 +112,21 @@ def plan(machine: Machine, given: argparse.Namespace) -> tuple[Guest, list[Goal]
     if functions > kataconfig.MAX_PORTS:
         notes.append(f"one sandbox gets {kataconfig.MAX_PORTS} of the {functions} functions at "
                      "most: Kata has no more ports")
-    for target in katafiles.targets(machine, shim=given.shim, config=given.config,
-                                    kata=given.kata_version, handler=given.handler):
-        settings = guest.on(target, functions=functions, bar=bar,
-                            plug=given.plug if given.port is not Port.BRIDGE else Plug.HOT,
-                            port=given.port)
+    port = Port(given.port)
+    plug = Plug.HOT if port is Port.BRIDGE else Plug(given.plug)
+    for target in _targets(machine, given, given.kata_version):
+        settings = guest.on(target, functions=functions, bar=bar, plug=plug, port=port)
         notes += [f"{target.shim}: {line}" for line in kataconfig.losses(settings)]
         own = not (reads_drop_ins(target.shim, target.version) and _alone(machine, target))
         name = "configuration.toml" if target.shim is Shim.GO else "configuration-runtime-rs.toml"
         goals.append(Goal(target, settings, f"{OWN}/{name}" if own else
                           f"{target.drop_ins}/{DROP_IN}", own))
     return guest, goals, notes
+
+
+def _targets(machine: Machine, given: argparse.Namespace, version: str | None) -> list[Target]:
+    return katafiles.targets(machine, shim=Shim(given.shim) if given.shim else None,
+                             config=given.config, kata=version, handler=given.handler)
 
 
 def _alone(machine: Machine, target: Target) -> bool:
@@ -145,7 +149,7 @@ def _gpus(machine: Machine, given: argparse.Namespace) -> tuple[int, Bar]:
         members = pci.members(machine, gpu.group) if gpu.group else []
         count += sum(1 for one in members if not one.bridge) or 1
     bar = Bar.LARGE if any(gpu.large for gpu in gpus) else Bar.SMALL
-    return given.functions or count, given.bar or bar
+    return given.functions or count, Bar(given.bar) if given.bar else bar
 
 
 def _text(machine: Machine, goal: Goal) -> str:
@@ -225,9 +229,8 @@ def _removed(machine: Machine, given: argparse.Namespace) -> Answer:
     """Remove our files; the runtimes are as they were before."""
     found = [f"{OWN}/configuration.toml", f"{OWN}/configuration-runtime-rs.toml"]
     with contextlib.suppress(UserError):  # Kata may be gone by now
-        found += [f"{target.drop_ins}/{DROP_IN}" for target in katafiles.targets(
-            machine, shim=given.shim, config=given.config, handler=given.handler,
-            kata=given.kata_version or str(NEWEST))]
+        found += [f"{target.drop_ins}/{DROP_IN}"
+                  for target in _targets(machine, given, given.kata_version or str(NEWEST))]
     ours = [path for path in found if (machine.text(path) or "").startswith(MARK)]
     if ours:
         machine.agree(f"remove {', '.join(ours)}")

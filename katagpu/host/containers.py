@@ -16,6 +16,10 @@ PROGRAMS = ("ctr", "nerdctl", "crictl")
 CLEANING = 30.0  # seconds
 POLL = 1.0
 RUN = "/run/katagpu-smoke"
+BY_NAME = "io.containerd.kata.v2"  # nerdctl takes any other word for a program like runc
+NOTES = {"nerdctl": "nerdctl cannot say which configuration Kata reads: it is that of Kata's "
+                    "defaults (/etc/kata-containers/configuration.toml first)",
+         "crictl": "crictl takes the runtime of that name at containerd (snippets containerd)"}
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,7 @@ def _ctr(machine: Machine, job: Job, timeout: float) -> Result:
 
 def _nerdctl(machine: Machine, job: Job, timeout: float) -> Result:
     with _afterwards(machine, ["nerdctl", "rm", "-f", job.name]):
-        # nerdctl has no option for the configuration file; it takes the one of the runtime's name.
-        return _do(machine, ["nerdctl", "run", "--rm", "--name", job.name, "--runtime", job.handler,
+        return _do(machine, ["nerdctl", "run", "--rm", "--name", job.name, "--runtime", BY_NAME,
                              "--device", job.device, job.image, "sh", "-c", job.script], timeout)
 
 

@@ -41,6 +41,7 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
     if len(goals) > 1:
         notes.append(f"with Kata's {goal.target.shim} runtime; --shim chooses")
     program = containers.choose(machine, given.program)
+    notes += [containers.NOTES[program]] if program in containers.NOTES else []
     node, ids = _device(machine, given.device)
     job = Job(name=f"katagpu-smoke-{os.getpid()}", image=given.image, device=node,
               script=smokeparts.SCRIPT, shim=snippets.program(machine, goal.target.shim),

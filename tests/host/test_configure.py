@@ -174,6 +174,50 @@ def test_without_a_word_nothing_is_written(here: Host) -> None:
     assert here.tree.snapshot() == before
 
 
+DISK = kataconfig.Extension(name="gpu", path=f"/{katatree.HOME}/toy-1.0.0/gpu.image",
+                            verity_params=katatree.LINE)
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_a_driver_on_a_disk_of_its_own(host: Make, placed: bool) -> None:
+    here = host(hosttree.a100)
+    katatree.kata(here.tree, rust=True)
+    katatree.guest(here.tree, placed=placed, extensions=(DISK,))
+    assert here("configure", "--yes").status == 0
+    if not placed:
+        assert qemu(here, OURS)["guest_extension_images"] == [
+            {"name": "gpu", "path": DISK.path, "verity_params": katatree.LINE}]
+    here.tree.file(f"{katatree.DROP_INS}/60-mine.toml",
+                   "[hypervisor.qemu]\nguest_extension_images = []\n")
+    found = here("configure", "--check", "--json").data["differences"]
+    assert [one["key"] for one in found] == ["guest_extension_images"]
+
+
+def test_an_initrd(host: Make) -> None:
+    """On a Kata whose configuration has an image: it is taken away, in a copy too."""
+    for version, path in (("4.1.0", OURS), ("2.4.3", OWN)):
+        here = host(lambda root, name=version: hosttree.a100(root / name))
+        katatree.kata(here.tree, version)
+        katatree.guest(here.tree, placed=False, image=None, rootfs_type="ext4",
+                       initrd=f"/{katatree.HOME}/toy-1.0.0/toy.initrd")
+        assert here("configure", "--yes").status == 0
+        table = qemu(here, path)
+        assert table["initrd"].endswith("toy.initrd") and not table.get("image")
+
+
+def test_ports_of_a_switch_and_of_a_bridge(host: Make) -> None:
+    here = host(hosttree.t4)
+    katatree.kata(here.tree)
+    katatree.guest(here.tree)
+    assert here("configure", "--yes", "--port", "switch-port").status == 0
+    assert {key: value for key, value in qemu(here, OURS).items() if "vfio" not in key} == {
+        "pcie_root_port": 0, "pcie_switch_port": 1}
+    assert here("configure", "--yes", "--port", "bridge-port").status == 0
+    assert qemu(here, OURS)["hot_plug_vfio"] == "bridge-port"
+    said = here("configure", "--yes", "--port", "bridge-port", "--bar", "large")
+    assert said.status == 1 and "small BARs" in said.err
+
+
 # --check
 
 
