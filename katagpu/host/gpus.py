@@ -91,12 +91,16 @@ def _groups(found: list[dict[str, Any]]) -> list[str]:
     lines: dict[int, str] = {}
     for entry in found:
         others = [f"{member['bdf']} [{member['id']}] "
-                  f"({'a bridge, which stays' if member['bridge'] else member['driver']})"
+                  f"({'a bridge, which stays' if member['bridge'] else _driver(member)})"
                   for member in entry["group_members"]]
         if others:
             lines.setdefault(entry["iommu_group"], f"  group {entry['iommu_group']}: "
                              f"{entry['bdf']}, with {', '.join(others)}")
     return list(lines.values())
+
+
+def _driver(member: dict[str, Any]) -> str:
+    return str(member["driver"] or "no driver")
 
 
 def _notes(entry: dict[str, Any]) -> list[str]:
