@@ -60,7 +60,8 @@ def test_each_key_with_a_history_is_as_in_the_source(shim: Shim) -> None:
 def drop_ins(shim: Shim, release: str) -> Iterator[dict[str, Any]]:
     """All that can be written for a release."""
     version = parse(release)
-    for bar, plug, port, mode, extra in itertools.product(Bar, Plug, Port, ToolkitMode, (
+    for bar, plug, port, mode, extra in itertools.product(
+            Bar, Plug, Port, (ToolkitMode.CDI, ToolkitMode.HOOK), (
             {"image": "/i", "rootfs_type": "erofs"}, {"image": "/i", "rootfs_type": "ext4",
                                                       "dax_header": True},
             {"initrd": "/r", "rootfs_type": "ext4"},

@@ -86,12 +86,13 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
     for goal in goals:
         _must_be_ours(machine, goal.path)
         katafiles.effective(machine, goal.target)  # what cannot be read is not added to
-    texts = [(goal, _text(machine, goal)) for goal in goals]
-    machine.agree(f"write {', '.join(goal.path for goal, _ in texts)}")
+    texts = {goal.path: _text(machine, goal) for goal in goals}
+    new = {path: text for path, text in texts.items() if machine.raw(path) != text.encode()}
+    if new:
+        machine.agree(f"write {', '.join(new)}")
     with machine.together():
-        for goal, text in texts:
-            if machine.raw(goal.path) != text.encode():
-                machine.place(goal.path, text)
+        for path, text in new.items():
+            machine.place(path, text)
     lines = [f"{goal.path}: Kata {goal.target.version} ({goal.target.shim}), "
              f"{goal.settings.ports} port(s)" for goal in goals]
     if machine.dry_run:
