@@ -3,7 +3,7 @@
 The rules are those of Kata's two loaders, src/runtime/pkg/katautils/config.go and
 src/libs/kata-types/src/config/drop_in.rs: links to the main file are followed; then every entry of
 config.d beside it is read, by name; tables merge, all else (arrays, `kernel_params`) is replaced.
-tests/host/test_kataloader.py asks Go's loader itself.
+tests/host/test_kataloader.py and test_kataloader_rust.py ask the loaders themselves.
 """
 
 from __future__ import annotations
