@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -261,3 +262,10 @@ def test_what_is_lost_is_said_in_the_file() -> None:
     assert list(losses(settings(kernel_verity_params=LINE))) == []
     assert "pcie_root_port is not written" in "".join(losses(settings(version=GO35)))
     assert "For Kata 3.1.0" in said and "/runtimes/" not in said
+
+
+@pytest.mark.parametrize("shim", list(Shim))
+def test_what_a_build_writes_for_today_s_kata(shim: Shim) -> None:
+    """To the byte: these two were loaded by Kata 4.1's own loaders."""
+    golden = Path(__file__).parent / "data" / "kataconfig" / f"{shim}.toml"
+    assert render_drop_in(settings(shim=shim, kernel="/k", image="/m")) == golden.read_text()
