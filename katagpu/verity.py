@@ -25,7 +25,7 @@ SAID = {"root_hash": "Root hash", "salt": "Salt", "data_blocks": "Data blocks",
 HEX = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Verity:
     """A hash tree: what has to be known to open its device. Block sizes are bytes."""
 

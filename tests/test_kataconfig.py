@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from katagpu.errors import UserError
 from katagpu.kataconfig import (
+    Bar,
     Extension,
     KataSettings,
     Plug,
+    Port,
     Shim,
     ToolkitMode,
     drop_in_directory,
+    host_tables,
+    losses,
     render_drop_in,
+    render_tables,
 )
+from katagpu.kataversions import Version
 
 
 def words(text: str) -> frozenset[str]:
@@ -123,7 +130,7 @@ def test_only_one_plug_is_a_root_port() -> None:
     hot = qemu(plug=Plug.HOT)
     assert (hot["cold_plug_vfio"], hot["hot_plug_vfio"]) == ("no-port", "root-port")
     assert qemu(plug=Plug.HOT, shim=Shim.RUST)["cold_plug_vfio"] == "no-port"
-    assert qemu(pcie_root_ports=2)["pcie_root_port"] == 2
+    assert qemu(ports=2)["pcie_root_port"] == 2
 
 
 def test_dax_header_decides_the_root_s_device() -> None:
@@ -163,8 +170,8 @@ def test_strings_survive() -> None:
         {"initrd": "/x"},
         {"image": None, "initrd": "/x", "kernel_verity_params": "root_hash=1"},
         {"image": None, "initrd": "/x", "dax_header": True},
-        {"pcie_root_ports": 0},
-        {"pcie_root_ports": 17},
+        {"ports": 0},
+        {"ports": 17},
     ],
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any]) -> None:
@@ -195,3 +202,70 @@ def test_extensions_are_the_whole_array(shim: Shim) -> None:
 def test_extensions_that_the_runtime_refuses(fields: dict[str, str]) -> None:
     with pytest.raises(UserError):
         Extension(**{"name": "gpu", "path": "/x", **fields})
+
+
+GO31, GO35, GO37 = Version(3, 1, 0), Version(3, 5, 0), Version(3, 7, 0)
+
+
+@pytest.mark.parametrize(("changes", "keys"), [
+    ({"version": GO31}, {"hotplug_vfio_on_root_bus": True, "pcie_root_port": 8}),
+    ({"version": GO31, "ports": 2}, {"hotplug_vfio_on_root_bus": True, "pcie_root_port": 2}),
+    ({"version": GO31, "bar": Bar.SMALL}, {"hotplug_vfio_on_root_bus": False}),
+    # The guide's own two, of Kata 1.11 and 1.3.
+    ({"version": Version(1, 11, 0), "ports": 1, "rootfs_type": "ext4"},
+     {"hotplug_vfio_on_root_bus": True, "pcie_root_port": 1}),
+    ({"version": Version(1, 3, 0), "bar": Bar.SMALL, "rootfs_type": "ext4", "dax_header": True},
+     {"hotplug_vfio_on_root_bus": False}),
+    ({"version": GO35}, {"cold_plug_vfio": "root-port", "hot_plug_vfio": "no-port"}),
+    ({"version": GO37, "plug": Plug.HOT},
+     {"cold_plug_vfio": "no-port", "hot_plug_vfio": "root-port", "pcie_root_port": 8}),
+    ({"version": GO37, "plug": Plug.HOT, "bar": Bar.SMALL, "port": Port.BRIDGE},
+     {"cold_plug_vfio": "no-port", "hot_plug_vfio": "bridge-port", "pcie_root_port": 8}),
+    ({"version": GO37, "port": Port.SWITCH, "ports": 4},
+     {"cold_plug_vfio": "switch-port", "hot_plug_vfio": "no-port", "pcie_root_port": 0,
+      "pcie_switch_port": 4}),
+    ({"version": Version(3, 20, 0), "shim": Shim.RUST},
+     {"hotplug_vfio_on_root_bus": True, "pcie_root_port": 8}),
+    ({"version": Version(3, 31, 0), "shim": Shim.RUST},
+     {"cold_plug_vfio": "root-port", "pcie_root_port": 8}),
+    ({"shim": Shim.RUST, "port": Port.SWITCH},
+     {"cold_plug_vfio": "switch-port", "pcie_root_port": 0, "pcie_switch_port": 8})])
+def test_how_a_gpu_is_plugged_by_version(changes: dict[str, Any], keys: dict[str, Any]) -> None:
+    table = qemu(**changes)
+    assert {key: value for key, value in table.items() if "vfio" in key or "pcie" in key} == keys
+    host = tomllib.loads(render_tables(host_tables(settings(**changes))))
+    assert host == {"hypervisor": {"qemu": keys}}
+
+
+@pytest.mark.parametrize(("changes", "word"), [
+    ({"version": Version(3, 0, 2)}, "mounts the image as ext4"),
+    ({"version": Version(1, 9, 0), "rootfs_type": "ext4", "bar": Bar.SMALL}, "NVDIMM"),
+    ({"version": Version(1, 10, 0), "rootfs_type": "ext4", "dax_header": True}, "large BAR"),
+    ({"version": GO37, "extensions": (Extension(name="gpu", path="/g"),)}, "no second disk"),
+    ({"version": Version(1, 3, 0), "rootfs_type": "ext4", "dax_header": True, "bar": Bar.SMALL,
+      "toolkit_mode": ToolkitMode.HOOK}, "no hooks"),
+    ({"version": GO35, "port": Port.SWITCH}, "no switch ports"),
+    ({"port": Port.BRIDGE, "plug": Plug.HOT}, "small BARs"),
+    ({"port": Port.BRIDGE, "bar": Bar.SMALL}, "small BARs"),
+    ({"shim": Shim.RUST, "port": Port.BRIDGE, "bar": Bar.SMALL, "plug": Plug.HOT}, "small BARs")])
+def test_what_this_kata_cannot_do_is_refused(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word) as caught:
+        settings(**changes)
+    assert caught.value.hint
+
+
+def test_what_is_lost_is_said_in_the_file() -> None:
+    said = render_drop_in(settings(version=GO31, kernel_verity_params=LINE))
+    assert "# this Kata cannot verify the image" in said
+    assert "# this Kata has no cold_plug_vfio" in said
+    assert "kernel_verity_params =" not in said
+    assert list(losses(settings(kernel_verity_params=LINE))) == []
+    assert "pcie_root_port is not written" in "".join(losses(settings(version=GO35)))
+    assert "For Kata 3.1.0" in said and "/runtimes/" not in said
+
+
+@pytest.mark.parametrize("shim", list(Shim))
+def test_what_a_build_writes_for_today_s_kata(shim: Shim) -> None:
+    """To the byte: these two were loaded by Kata 4.1's own loaders."""
+    golden = Path(__file__).parent / "data" / "kataconfig" / f"{shim}.toml"
+    assert render_drop_in(settings(shim=shim, kernel="/k", image="/m")) == golden.read_text()

@@ -11,11 +11,11 @@ from typing import Any
 
 from katagpu import log
 from katagpu.errors import KatagpuError, Status
-from katagpu.host import bind, check, gpus, persist
+from katagpu.host import bind, check, configure, gpus, mig, persist, smoke, snippets, vgpu
 from katagpu.host.command import Answer
 from katagpu.host.machine import Machine, data
 
-COMMANDS = (gpus, check, bind, persist)
+COMMANDS = (gpus, check, bind, persist, configure, snippets, vgpu, mig, smoke)
 """Modules with an `add(commands)` each, which makes one command or more (`command.new`)."""
 
 EPILOG = """\

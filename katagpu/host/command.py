@@ -44,6 +44,14 @@ def new(commands: Commands, name: str, run: Runs, text: str) -> argparse.Argumen
     return made
 
 
+def family(commands: Commands, name: str, text: str) -> Commands:
+    """A command whose own word comes next: `vgpu list`. What is given makes those (`new`)."""
+    made = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.",
+        epilog="Every one has --json, --dry-run, --yes and --root.")
+    return made.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table whose columns are as wide as they have to be."""
     width = [max(map(len, column)) for column in zip(head, *rows)]  # noqa: B905 (Python 3.9)

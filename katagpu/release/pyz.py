@@ -15,7 +15,8 @@ MODULES = ("__init__.py", "errors.py", "log.py", *(f"release/{name}.py" for name
     "__init__", "artifact", "credentials", "host", "install", "installer", "layout", "registry",
     "signature", "source", "wire")))
 """What runs on a host: Python 3.9, standard library only (tests/release/test_pyz.py)."""
-HOST_MODULES = ("__init__.py", "errors.py", "log.py",
+HOST_MODULES = ("__init__.py", "errors.py", "log.py", "kataconfig.py", "kataversions.py",
+                "verity.py",
                 *(f"host/{path.name}" for path in (PACKAGE / "host").glob("*.py")))
 """The same for `katagpu host`."""
 SHEBANG = b"#!/usr/bin/env python3\n"

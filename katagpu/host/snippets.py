@@ -1,0 +1,169 @@
+"""`host snippets`: what containerd, Kubernetes and ctr want to hear, ready to paste."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable, Mapping
+
+from katagpu.errors import UserError
+from katagpu.host import command, configure, pci
+from katagpu.host.command import Answer, Commands
+from katagpu.host.configure import Goal
+from katagpu.host.katafiles import HANDLERS, PROGRAMS
+from katagpu.host.machine import Machine
+from katagpu.kataversions import Shim
+
+CONTAINERD = "/etc/containerd/config.toml"
+PLUGINS: Mapping[int, str] = {2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime"}
+OWN = "kata-katagpu"  # the runtime's name where kata-deploy has none for it
+IMAGE = "docker.io/library/ubuntu:24.04"  # the guest's toolkit puts nvidia-smi into it
+OVERHEAD = 2048  # MiB beside the guest's memory: QEMU, virtiofsd (Kata's RuntimeClass has as much)
+MDEVS = "/sys/bus/mdev/devices"
+
+
+def add(commands: Commands) -> None:
+    """Its command line."""
+    made = command.new(commands, "snippets", run, "print what containerd, Kubernetes and ctr need")
+    configure.options(made)
+    made.add_argument("what", nargs="?", choices=[*PARTS, "all"], default="all",
+                      help="only this one")
+    made.add_argument("--image", default=IMAGE, help=f"the container's image (default: {IMAGE})")
+
+
+def run(machine: Machine, given: argparse.Namespace) -> Answer:
+    """Run it."""
+    _, goals, notes = configure.plan(machine, given)
+    found = []
+    for goal in goals:
+        for name, make in PARTS.items():
+            if given.what in (name, "all"):
+                found.append({"runtime": str(goal.target.shim), "what": name,
+                              "text": make(machine, goal, given.image)})
+    lines: list[str] = []
+    for part in found:
+        if len(found) > 1:
+            lines += ["", f"# ===== {part['what']}, {part['runtime']}"]
+        lines += part["text"].rstrip("\n").split("\n")
+    return Answer([*lines, *(f"# note: {note}" for note in notes)], {"snippets": found})
+
+
+def name_of(goal: Goal) -> str:
+    """The runtime class: kata-deploy's where it has one for this configuration."""
+    if goal.own or not goal.target.alone:
+        return OWN if goal.target.shim is Shim.GO else f"{OWN}-rs"
+    return f"kata-{goal.target.directory.rpartition('/')[2]}"
+
+
+def program(machine: Machine, shim: Shim) -> str:
+    """The shim that is installed."""
+    shims = [path for path in PROGRAMS[shim] if path.endswith("containerd-shim-kata-v2")]
+    return next((path for path in shims if machine.exists(path)), shims[0])
+
+
+def containerd(machine: Machine, goal: Goal, image: str) -> str:
+    """The runtime in containerd's configuration."""
+    text = machine.text(CONTAINERD) or ""
+    found = re.search(r"(?m)^\s*version\s*=\s*(\d+)", text)
+    number = int(found[1]) if found else 2
+    if number not in PLUGINS:
+        raise UserError(f"{CONTAINERD} is of version {number}, which is not known here",
+                        hint="containerd config migrate brings it to version 2 or 3")
+    name = name_of(goal)
+    table = f'plugins."{PLUGINS[number]}".containerd.runtimes.{name}'
+    head = "is there already, by kata-deploy; compare it" if name[5:] in HANDLERS.values() \
+        else "append it, then: systemctl restart containerd"
+    return f"""\
+# {CONTAINERD} (version {number}): {head}
+[{table}]
+  runtime_type = "io.containerd.kata.v2"
+  runtime_path = "{program(machine, goal.target.shim)}"
+  privileged_without_host_devices = true
+  pod_annotations = ["io.katacontainers.*"]
+  [{table}.options]
+    ConfigPath = "{goal.effective.config}"
+"""
+
+
+def runtime_class(machine: Machine, goal: Goal, image: str) -> str:
+    """The RuntimeClass of Kubernetes."""
+    name = name_of(goal)
+    return f"""\
+# kubectl apply -f -
+apiVersion: node.k8s.io/v1
+kind: RuntimeClass
+metadata:
+  name: {name}
+handler: {name}
+overhead:
+  podFixed:
+    memory: "{goal.settings.default_memory + OVERHEAD}Mi"
+    cpu: "1"
+scheduling:
+  nodeSelector:
+    katacontainers.io/kata-runtime: "true"
+"""
+
+
+def pod(machine: Machine, goal: Goal, image: str) -> str:
+    """An example pod."""
+    return f"""\
+# kubectl apply -f -; kubectl logs gpu-check
+# nvidia.com/pgpu is what NVIDIA's device plugin for sandboxes offers for GPUs bound to vfio-pci
+apiVersion: v1
+kind: Pod
+metadata:
+  name: gpu-check
+spec:
+  runtimeClassName: {name_of(goal)}
+  restartPolicy: Never
+  containers:
+    - name: nvidia-smi
+      image: {image}
+      command: ["nvidia-smi"]
+      resources:
+        limits:
+          nvidia.com/pgpu: "1"
+"""
+
+
+def ctr(machine: Machine, goal: Goal, image: str) -> str:
+    """A container by hand, for each device that can be given to one."""
+    found = devices(machine)
+    lines = [f"ctr image pull {shlex.quote(image)}"]
+    for node, what in found.items():
+        lines += [f"# {what}",
+                  shlex.join([*arguments(machine, goal, node), image, "gpu-check", "nvidia-smi"])]
+    if not found:
+        lines.append("# no GPU is bound to vfio-pci, and there is no vGPU: katagpu host bind BDF")
+    return "\n".join(lines) + "\n"
+
+
+def arguments(machine: Machine, goal: Goal, node: str) -> list[str]:
+    """`ctr run` with a device, up to the image."""
+    return ["ctr", "run", "--rm", "--runtime", program(machine, goal.target.shim),
+            "--runtime-config-path", goal.effective.config, "--device", node]
+
+
+def devices(machine: Machine) -> dict[str, str]:
+    """The nodes in /dev/vfio that are GPUs or vGPUs, and what each is."""
+    found: dict[str, str] = {}
+    for address in machine.names(pci.DEVICES):
+        function = pci.read(machine, address)
+        if not function.gpu or function.group is None:
+            continue
+        kind = machine.text(f"{function.path}/nvidia/current_vgpu_type")
+        if function.driver == "vfio-pci" or (function.parent and kind not in (None, "0")):
+            found[f"/dev/vfio/{function.group}"] = (
+                str(function) + (f", vGPU type {kind}" if kind not in (None, "0") else ""))
+    for uuid in machine.names(MDEVS):
+        group = machine.link(f"{MDEVS}/{uuid}/iommu_group")
+        if group:
+            label = machine.text(f"{MDEVS}/{uuid}/mdev_type/name")
+            found[f"/dev/vfio/{group}"] = f"vGPU {uuid}, {label or 'of an unknown type'}"
+    return found
+
+
+PARTS: Mapping[str, Callable[[Machine, Goal, str], str]] = {
+    "containerd": containerd, "runtimeclass": runtime_class, "pod": pod, "ctr": ctr}

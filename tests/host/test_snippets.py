@@ -1,0 +1,103 @@
+"""`host snippets`: valid TOML and YAML that name the right files, and lines to paste."""
+
+from __future__ import annotations
+
+import shlex
+import tomllib
+from typing import Any
+
+import pytest
+import yaml
+
+from tests import hosttree
+from tests.host import katatree, vgpuhost
+from tests.host.conftest import Host, Make
+from tests.host.test_smoke import ready
+
+
+def text(here: Host, what: str, *words: str) -> str:
+    """A snippet."""
+    said = here("snippets", what, *words)
+    assert said.status == 0, said.err
+    return said.out
+
+
+@pytest.mark.parametrize(("version", "plugin"), [
+    (None, "io.containerd.grpc.v1.cri"), (2, "io.containerd.grpc.v1.cri"),
+    (3, "io.containerd.cri.v1.runtime")])
+def test_containerd(host: Make, version: int | None, plugin: str) -> None:
+    here = host(ready)
+    if version:
+        here.tree.file("etc/containerd/config.toml", f"# containerd\nversion = {version}\n")
+    found: Any = tomllib.loads(text(here, "containerd"))
+    runtime = found["plugins"][plugin]["containerd"]["runtimes"]["kata-qemu-nvidia-gpu"]
+    assert runtime == {
+        "runtime_type": "io.containerd.kata.v2",
+        "runtime_path": "/opt/kata/bin/containerd-shim-kata-v2",
+        "privileged_without_host_devices": True, "pod_annotations": ["io.katacontainers.*"],
+        "options": {"ConfigPath": f"/{katatree.GO}"}}
+
+
+def test_a_configuration_of_our_own_has_a_class_of_its_own(host: Make) -> None:
+    here = host(hosttree.a100)
+    katatree.kata(here.tree, "3.7.0")
+    katatree.guest(here.tree, placed=False)
+    found: Any = tomllib.loads(text(here, "containerd"))
+    (runtime,) = found["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"].items()
+    assert runtime[0] == "kata-katagpu"
+    assert runtime[1]["options"] == {"ConfigPath": katatree.OWN}
+    assert yaml.safe_load(text(here, "runtimeclass"))["handler"] == "kata-katagpu"
+
+
+def test_an_unknown_version_of_containerd(host: Make) -> None:
+    here = host(ready)
+    here.tree.file("etc/containerd/config.toml", "version = 9\n")
+    said = here("snippets", "containerd")
+    assert said.status == 1 and "config migrate" in said.err
+
+
+def test_kubernetes(host: Make) -> None:
+    here = host(ready)
+    kind = yaml.safe_load(text(here, "runtimeclass"))
+    assert (kind["apiVersion"], kind["kind"]) == ("node.k8s.io/v1", "RuntimeClass")
+    assert kind["metadata"]["name"] == kind["handler"] == "kata-qemu-nvidia-gpu"
+    assert kind["overhead"]["podFixed"] == {"memory": "10240Mi", "cpu": "1"}  # as kata-deploy's
+    pod = yaml.safe_load(text(here, "pod", "--image", "registry.example/cuda:1"))
+    assert pod["spec"]["runtimeClassName"] == "kata-qemu-nvidia-gpu"
+    (container,) = pod["spec"]["containers"]
+    assert container["image"] == "registry.example/cuda:1"
+    assert container["resources"]["limits"] == {"nvidia.com/pgpu": "1"}
+
+
+def test_ctr(host: Make) -> None:
+    pull, comment, run = text(host(ready), "ctr").splitlines()
+    assert pull == "ctr image pull docker.io/library/ubuntu:24.04"
+    assert comment == "# 0000:41:00.0 [10de:20b5]"
+    words = shlex.split(run)
+    assert words[words.index("--device") + 1] == "/dev/vfio/192"
+    assert words[words.index("--runtime-config-path") + 1] == f"/{katatree.GO}"
+    assert words[-2:] == ["gpu-check", "nvidia-smi"]
+
+
+def test_ctr_for_vgpus(host: Make) -> None:
+    here = host(vgpuhost.mdev)
+    katatree.kata(here.tree)
+    katatree.guest(here.tree)
+    assert "katagpu host bind" in text(here, "ctr")
+    kernel = vgpuhost.Manager(here.tree)
+    kernel(here.tree.paths[vgpuhost.VF] / "mdev_supported_types/nvidia-692/create", b"some-uuid")
+    assert "# vGPU some-uuid, GRID A100D-4C" in text(here, "ctr")
+    assert "--device /dev/vfio/192" in text(here, "ctr")
+
+
+def test_all_of_them_for_both_runtimes(host: Make) -> None:
+    here = host(ready)
+    katatree.kata(here.tree, rust=True)
+    said = here("snippets", "--json")
+    assert [(one["what"], one["runtime"]) for one in said.data["snippets"]] == [
+        (what, shim) for shim in ("go", "runtime-rs")
+        for what in ("containerd", "runtimeclass", "pod", "ctr")]
+    rust = said.data["snippets"][4]["text"]
+    assert "/opt/kata/runtime-rs/bin/containerd-shim-kata-v2" in rust
+    assert f"/{katatree.RUST}" in rust
+    assert "# ===== pod, runtime-rs" in here("snippets").out
