@@ -24,7 +24,8 @@ DEFAULT = "debian-trixie"
 PARAMETERS = ("recipe", "driver", "all", "json", "ccache",
               "update", "draft",  # lock
               "version", "key", "signer", "unsigned", "no_agent",  # release
-              "to", "licensed", "from", "prefix", "unverified")  # publish, install
+              "to", "licensed", "from", "prefix", "unverified",  # publish, install
+              "place", "diffoscope")  # reproduce
 
 
 class Context:

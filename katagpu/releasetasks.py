@@ -25,7 +25,7 @@ def _context() -> Context:
     from katagpu.current import guests
 
     if guests().all:
-        raise UserError("a release is of one guest", hint="leave driver= away")
+        raise UserError("releases and reproductions are of one guest", hint="leave driver= away")
     return guests().contexts[0]
 
 
@@ -101,6 +101,22 @@ def pieces(context: Context) -> Iterator[Piece]:
         if item.name.startswith("linux-headers-"):
             part = "headers"
         yield Piece(path=context.directory / name, link=item.link, part=part)
+
+
+def reproduce() -> Task:
+    """Build twice, and compare."""
+
+    def compare() -> None:
+        from katagpu import reproduce
+
+        context = _context()
+        stages = [name for task in reproduce.TASKS for name in tasks.STAGES[task]
+                  if name in context.plan.stages]
+        result = reproduce.reproduce(context, list(dict.fromkeys(stages)))
+        log.say(f"every output is the same in both builds: {os.path.relpath(result)}")
+
+    return tasks.plain(compare, "build twice with everything varied, and compare every output",
+                       task_dep=["_lock"])
 
 
 def publish() -> Task:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from katagpu import apt, keys, sandbox
-from katagpu.errors import CorruptBlob, StepError
+from katagpu.errors import CorruptBlob, StepError, UserError
 from katagpu.fetch import SUPERSEDED, Gone, Job, fetch_all
 from katagpu.lock import Deb
 from katagpu.run import Result
@@ -149,8 +149,16 @@ def packages(debs: Iterable[Deb], address: Callable[[Deb], str]) -> list[Wanted]
 
 
 def jobs() -> int:
-    """How many compilers may run at once: the processors that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """How many compilers may run at once: KATAGPU_JOBS, else one for each processor that we may use.
+
+    Raises `UserError` for what is no number.
+    """
+    given = os.environ.get("KATAGPU_JOBS", "")
+    if not given:
+        return len(os.sched_getaffinity(0))
+    if not given.isdecimal() or int(given) == 0:
+        raise UserError(f"KATAGPU_JOBS={given} is no number of jobs", hint="for example 4")
+    return int(given)
 
 
 class Build:
@@ -271,6 +279,7 @@ class Build:
 
         ccache's own check looks at the compiler's time and size, and our times are clamped.
         """
+        self.facts["compiler_cache"] = self.ccache
         if not self.ccache:
             self.facts["ccache"] = {"hits": 0, "misses": 0}
             return [], {"CCACHE_DISABLE": "1"}
