@@ -15,6 +15,7 @@ import tarfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO, Any
 
 import zstandard
 
@@ -90,10 +91,17 @@ def _members(path: Path) -> dict[str, dict[str, object]]:
         for member in tar:
             data = tar.extractfile(member) if member.isreg() else None
             found[member.name] = {
-                "content": hashlib.file_digest(data, "sha256").digest() if data else None,
+                "content": _digest(data) if data is not None else None,
                 "kind": member.type, "mode": member.mode, "owner": (member.uid, member.gid),
                 "time": member.mtime, "link": member.linkname, "attributes": member.pax_headers}
     return found
+
+
+def _digest(stream: IO[bytes]) -> bytes:
+    found = hashlib.sha256()
+    while data := stream.read(BLOCK):
+        found.update(data)
+    return found.digest()
 
 
 def _bytes(first: Path, second: Path) -> Iterator[str]:
@@ -146,7 +154,7 @@ def stamps(store: Store, output: Output, words: re.Pattern[bytes]) -> set[str]:
     found: set[bytes] = set()
     tail = b""
     with store.blob(output.blob).open("rb") as raw:
-        source = zstandard.ZstdDecompressor().stream_reader(raw) \
+        source: Any = zstandard.ZstdDecompressor().stream_reader(raw) \
             if output.kind is Kind.TREE else raw
         while data := source.read(BLOCK):
             found.update(words.findall(tail + data))

@@ -61,12 +61,13 @@ def release() -> Task:
 def order(context: Context, version: str, commit: str, signer: Signer | None) -> Order:
     """What is released of a guest that is built and checked. Raises `UserError`, `StepError`."""
     from katagpu import embed
-    from katagpu.release import assemble
+    from katagpu.release import assemble, preflight
 
     recipe, lock = context.recipe, context.locked()
     embed.refuse(context.directory)
     if lock is None or context.booting.checked() is None or not context.complete("build_image"):
         raise StepError("the build changed while it was released", hint="run it again")
+    preflight.signed(context.plan, context.root, recipe)
     return assemble.Order(
         recipe=recipe.name, version=version, signer=signer, pieces=list(pieces(context)),
         licensed=recipe.vgpu is not None, built=_built(context, lock, commit, version))

@@ -118,7 +118,8 @@ def _build(context: Context, side: Side, stages: Sequence[str], place: Path) -> 
     """Run one build, its lines on our stderr. Its logs stay where it fails."""
     words = [f"{name}={context.values[name]}" for name in ("recipe", "driver")
              if name in context.values]
-    argv = ["setpriv", "--pdeathsig", "TERM", "--", "sh", "-c", f'umask {side.umask:03o}; exec "$@"',
+    script = f'umask {side.umask:03o}; exec "$@"'
+    argv = ["setpriv", "--pdeathsig", "TERM", "--", "sh", "-c", script,
             "sh", *side.argv(*words, *(f"_stage:{name}" for name in stages))]
     status = subprocess.run(argv, cwd=side.tree, env=dict(side.environment), check=False).returncode
     if status != 0:
@@ -145,7 +146,7 @@ def seed(sources: Sequence[Plan], target: Store) -> None:
         for digest in sorted(digests):
             if plan.store.has(digest) and not target.has(digest):
                 _bring(plan.store, digest, target)
-        for digest, action in fetched.items():
+        for action in fetched.values():
             for output in action.outputs.values():
                 if plan.store.has(output.blob) and not target.has(output.blob):
                     _bring(plan.store, output.blob, target)

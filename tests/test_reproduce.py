@@ -13,6 +13,7 @@ import pytest
 
 from tests import toykernelguest
 from tests.lockedrepo import LockedRepository, locked_repository
+from tests.signers import needs_openssl, signer
 from tests.test_toykernel import PROGRAMS
 from tests.toyarchive import missing, signing_keys
 from tests.toyrepo import RECIPE, REPOSITORY, ToyRepository
@@ -222,3 +223,36 @@ def test_a_kernel_with_a_stamp_is_shown(kernel: ToyRepository) -> None:
     if DIFFOSCOPE is not None:
         report = kernel.root / "out/reproduce" / RECIPE / "kernel.vmlinux.diff.txt"
         assert "Toy version" in report.read_text()
+
+
+def sign(toy: ToyRepository, key: Path, cert: Path) -> None:
+    """Let the recipe sign its modules."""
+    path = toy.root / "recipes" / f"{RECIPE}.yaml"
+    path.write_text(path.read_text() + f"\nsign: {{key: {key}, cert: {cert}, force: true}}\n")
+
+
+@needs_programs
+@needs_openssl
+def test_signed_modules_are_the_same_too(kernel: ToyRepository, tmp_path: Path) -> None:
+    mine = signer(tmp_path)
+    sign(kernel, mine.key, mine.cert)
+    status, _, said = kernel.run("reproduce", PYTHONPATH=str(REPOSITORY))
+    assert status == 0, said
+    same = {each["stage"] for each in result(kernel)["outputs"] if each["identical"]}
+    assert {"kernel", "signed_kernel", "driver_modules", "signed_driver", "image"} <= same
+
+
+@needs_programs
+@needs_openssl
+def test_without_the_key_it_is_said_first_and_nothing_is_left_unsigned(
+    kernel: ToyRepository, tmp_path: Path,
+) -> None:
+    mine = signer(tmp_path)
+    sign(kernel, tmp_path / "away.key", mine.cert)
+    status, _, said = kernel.run("_stage:image", PYTHONPATH=str(REPOSITORY))
+    assert status == 1
+    warning = said.index("modules will not be signed: the key that signs modules, "
+                         f"{tmp_path}/away.key: No such file")
+    assert warning < said.index("> kernel: ")
+    assert "> image" not in said
+    assert kernel.run("build_kernel", PYTHONPATH=str(REPOSITORY))[0] == 0

@@ -1,4 +1,4 @@
-"""A guest of real stages on toys, as `guest.py` of a toy repository: kernel, modules, and an initrd.
+"""A guest of real stages on toys, as `guest.py` of a toy repository: kernel, modules, an initrd.
 
 Make, compiler, sandbox and packing are real; the kernel is `data/toykernel`, and programs are the
 build host's.
@@ -42,6 +42,8 @@ def stages(real: dict, root: Path) -> dict:  # type: ignore[type-arg]  # of the 
 
     kernel = root / "toykernel"
     series = kbuild.patch_files(root, patches.Target.KERNEL)
+    signing = {name: path for name, path in real["kernel_config"].files.items()
+               if name.startswith("kernel-configs/signing/")}
     layers = ["base", "kernel_modules", "driver_modules"]
     found = [
         Stage(name="toolchain", title="", module="errors", make=test_toykernel.make_toolchain,
@@ -50,12 +52,14 @@ def stages(real: dict, root: Path) -> dict:  # type: ignore[type-arg]  # of the 
               outputs={"tarball": Kind.FILE},
               files={str(file.relative_to(kernel)): file for file in kernel.rglob("*")
                      if file.is_file()}),
-        dataclasses.replace(real["kernel_config"], options={"fragments": ["own.conf"]}, files={
-            "own.conf": root / "own.conf", "allow": root / "allow.yaml", **series}),
+        dataclasses.replace(real["kernel_config"], options={
+            "fragments": ["own.conf", *signing]}, files={
+            "own.conf": root / "own.conf", "allow": root / "allow.yaml", **signing, **series}),
         dataclasses.replace(real["kernel"], options={
             **real["kernel"].options, "package_version": "9.9.1-1"}),
         dataclasses.replace(real["driver_modules"], make=test_toykernel.make_driver, packages={},
                             options={**real["driver_modules"].options, "version": "999.1"}),
+        *(real[name] for name in ("signed_kernel", "signed_driver") if name in real),
         Stage(name="base", title="", module="errors", make=make_base, outputs={"root": Kind.TREE},
               files={"word": root / "rootfs/word"}),
         dataclasses.replace(

@@ -149,7 +149,7 @@ def packages(debs: Iterable[Deb], address: Callable[[Deb], str]) -> list[Wanted]
 
 
 def jobs() -> int:
-    """How many compilers may run at once: KATAGPU_JOBS, else one for each processor that we may use.
+    """How many compilers may run at once: KATAGPU_JOBS, else one for each processor of ours.
 
     Raises `UserError` for what is no number.
     """
@@ -237,7 +237,8 @@ class Build:
 
     def enter(self, argv: Sequence[str], roots: Sequence[Root], *, binds: Sequence[Bind] = (),
               env: Mapping[str, str] | None = None, cwd: str = "/", network: bool = False,
-              capture: bool = False, check: bool = True, timeout: float | None = None) -> Result:
+              capture: bool = False, check: bool = True, timeout: float | None = None,
+              stdin: bytes | None = None) -> Result:
         """Run a program in a sandbox, its output in the step's log; `timeout` in seconds.
 
         Only a stage that says `network` gets one.
@@ -248,7 +249,7 @@ class Build:
                       binds=binds, cwd=cwd, network=network, timeout=timeout,
                       env={"SOURCE_DATE_EPOCH": str(EPOCH), "TZ": "UTC", **(env or {})})
         try:
-            return sandbox.enter(entry, log=self.log, capture=capture, check=check)
+            return sandbox.enter(entry, log=self.log, capture=capture, check=check, stdin=stdin)
         finally:
             self.cpu += entry.cpu
 
