@@ -20,6 +20,7 @@ from katagpu.check.signed import trusted
 from katagpu.errors import StepError, UserError
 from katagpu.lock import Lock
 from katagpu.plan import Plan, differing
+from katagpu.release import preflight
 from katagpu.schema import ModulesBy, Recipe, Sign
 from katagpu.stages import kbuild, signing
 from katagpu.stages.api import Ref, Stage
@@ -262,3 +263,37 @@ def test_an_expired_certificate_signs_nothing(planned: Planned, tmp_path: Path) 
     plan.ensure("kernel")
     with pytest.raises(UserError, match="expired on 2021-01-01"):
         plan.ensure("signed_kernel")
+
+
+# before a release
+
+
+def test_a_release_verifies_what_the_store_has(planned: Planned, mine: Signer) -> None:
+    plan = planned(mine)
+    for name in ("signed_kernel", "signed_driver"):
+        plan.ensure(name)
+    preflight.signed(plan, ROOT, signed(None))
+    preflight.signed(plan, ROOT, signed(mine))
+    digest, action = plan.digest("signed_driver"), plan.ensure("signed_driver")
+    assert digest is not None
+    plan.store.commit(digest, replace(action, outputs=plan.ensure("driver_modules").outputs))
+    plan.forget()
+    with pytest.raises(UserError, match="must not be released") as raised:
+        preflight.signed(plan, ROOT, signed(mine))
+    said = str(raised.value)
+    assert said.count("is not signed") == 2 and "/kernel/drivers/video/nvidia.ko is not" in said
+
+
+def test_a_release_wants_the_kernel_that_trusts_them(
+    planned: Planned, mine: Signer, tmp_path: Path,
+) -> None:
+    plan, other = planned(mine), planned(signer(tmp_path, "other"))
+    for name in ("signed_kernel", "signed_driver"):
+        plan.ensure(name)
+    digest = plan.digest("kernel")
+    assert digest is not None
+    plan.store.commit(digest, replace(plan.ensure("kernel"), outputs={
+        **plan.ensure("kernel").outputs, "vmlinux": other.ensure("kernel").outputs["vmlinux"]}))
+    plan.forget()
+    with pytest.raises(UserError, match="vmlinux: trusts another certificate"):
+        preflight.signed(plan, ROOT, signed(mine))
