@@ -218,7 +218,7 @@ def _stamps(outcome: Outcome) -> None:
 def _say(outcome: Outcome) -> None:
     log.say("what was varied:")
     for name, (first, second) in outcome.variation.varied.items():
-        log.say(f"  {name:<12} {Path(first).name} | {Path(second).name}")
+        log.say(f"  {name:<12} {first} | {second}")
     for name, why in outcome.variation.same.items():
         log.warn(f"{name}: the same in both: {why}")
     for line in sameness.table(outcome.found):

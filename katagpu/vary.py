@@ -22,7 +22,7 @@ from katagpu.run import run
 LEFT_OUT = ("out", ".git", ".venv", ".venv.lock", ".*_cache", "__pycache__")
 """What a copy of the repository does not have."""
 NAMES = ("first", "second")
-PLACES = ("first", "the second build, elsewhere")
+PLACES = ("first", "the.second/build_elsewhere")
 ZONES = ("UTC+12", "UTC-14")  # POSIX: hours west of Greenwich
 UMASKS = (0o022, 0o077)
 SETTING = "LC_", "LANG", "TZ", "KATAGPU_"  # beginnings of variables that are set here
@@ -76,7 +76,7 @@ class Variation:
 def variation(scratch: Path, environment: Mapping[str, str]) -> Variation:
     """The builds below `scratch`, with as much of a difference as this host allows."""
     places = [scratch / name for name in PLACES]
-    varied = {"directory": (str(places[0]), str(places[1])), "time zone": ZONES,
+    varied = {"directory": PLACES, "time zone": ZONES,
               "umask": (f"{UMASKS[0]:03o}", f"{UMASKS[1]:03o}"), "ccache": ("off", "on")}
     same: dict[str, str] = {}
     settings: list[dict[str, str]] = [
