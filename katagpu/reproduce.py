@@ -79,7 +79,9 @@ def reproduce(context: Context, stages: Sequence[str]) -> Path:
 
 
 def _build_twice(context: Context, stages: Sequence[str], scratch: Path, place: Path) -> Outcome:
-    variation = vary.variation(scratch, context.environment)
+    sign = context.recipe.sign
+    reads = [] if sign is None else [Path(sign.key), context.root / sign.cert]
+    variation = vary.variation(scratch, context.environment, reads)
     lock = context.locked()
     assert lock is not None, "it was made before"
     for side in variation.sides:  # both now: somebody may edit the repository meanwhile

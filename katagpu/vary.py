@@ -21,6 +21,7 @@ from katagpu.run import run
 
 LEFT_OUT = ("out", ".git", ".venv", ".venv.lock", ".*_cache", "__pycache__")
 """What a copy of the repository does not have."""
+TOKEN = ".tok"  # a secret, of which no stage makes anything (katagpu.embed)
 NAMES = ("first", "second")
 PLACES = ("first", "the.second/build_elsewhere")
 ZONES = ("UTC+12", "UTC-14")  # POSIX: hours west of Greenwich
@@ -73,8 +74,12 @@ class Variation:
     same: dict[str, str] = field(default_factory=dict)
 
 
-def variation(scratch: Path, environment: Mapping[str, str]) -> Variation:
-    """The builds below `scratch`, with as much of a difference as this host allows."""
+def variation(scratch: Path, environment: Mapping[str, str],
+              reads: Sequence[Path] = ()) -> Variation:
+    """The builds below `scratch`, with as much of a difference as this host allows.
+
+    `reads` are files outside of the repository that a build must be able to read.
+    """
     places = [scratch / name for name in PLACES]
     varied = {"directory": PLACES, "time zone": ZONES,
               "umask": (f"{UMASKS[0]:03o}", f"{UMASKS[1]:03o}"), "ccache": ("off", "on")}
@@ -88,7 +93,7 @@ def variation(scratch: Path, environment: Mapping[str, str]) -> Variation:
     varied["locale"] = ("C.UTF-8", _locale())
     varied["environment"] = ("as here", f"{len(DISTURBING)} variables that builds listen to")
     _processors(settings, varied)
-    user = _user(scratch, varied, same)
+    user = _user(scratch, varied, same, reads)
     prefix = [*_namespaces(varied, same), *_fewer(varied, same), *_become(user)]
     kept = {name: value for name, value in environment.items() if not name.startswith(SETTING)}
     first, second = (
@@ -145,7 +150,8 @@ def _fewer(varied: dict[str, tuple[str, str]], same: dict[str, str]) -> list[str
     return ["taskset", "--cpu-list", ",".join(map(str, mine[:-1]))]
 
 
-def _user(scratch: Path, varied: dict[str, tuple[str, str]], same: dict[str, str]) -> str | None:
+def _user(scratch: Path, varied: dict[str, tuple[str, str]], same: dict[str, str],
+          reads: Sequence[Path]) -> str | None:
     """An ordinary user with subordinate ids, as whom root can run the second build rootless."""
     if sandbox.rootless():
         same["user"] = "only root can build as another user"
@@ -162,6 +168,7 @@ def _user(scratch: Path, varied: dict[str, tuple[str, str]], same: dict[str, str
         for argv, refusal in (
                 (["test", "-x", scratch], f"{name} cannot enter {scratch}: give place=DIRECTORY"),
                 ([sys.executable, "-c", "import doit"], f"{name} cannot run {sys.executable}"),
+                *((["test", "-r", path], f"{name} cannot read {path}") for path in reads),
                 (["unshare", "--user", "--map-auto", "--map-root-user", "true"],
                  f"{name} cannot open a user namespace")):
             # by way of a shell: setpriv itself still has root's rights when it starts a program
@@ -184,8 +191,15 @@ def _become(user: str | None) -> list[str]:
 
 
 def copy(root: Path, target: Path) -> None:
-    """Copy the repository without what builds leave in it."""
-    shutil.copytree(root, target, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    """Copy the repository without what builds leave in it; of a client token the name alone."""
+    def one(source: str, copied: str) -> str:
+        if source.endswith(TOKEN):
+            Path(copied).touch()
+            return copied
+        return str(shutil.copy2(source, copied))
+
+    shutil.copytree(root, target, symlinks=True, copy_function=one,
+                    ignore=shutil.ignore_patterns(*LEFT_OUT))
 
 
 def lay(root: Path, side: Side, locks: Sequence[Path]) -> None:
