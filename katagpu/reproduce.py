@@ -80,7 +80,8 @@ def reproduce(context: Context, stages: Sequence[str]) -> Path:
 
 def _build_twice(context: Context, stages: Sequence[str], scratch: Path, place: Path) -> Outcome:
     sign = context.recipe.sign
-    reads = [] if sign is None else [Path(sign.key), context.root / sign.cert]
+    named = [] if sign is None else [Path(sign.key), Path(sign.cert)]
+    reads = [path for path in named if path.is_absolute()]
     variation = vary.variation(scratch, context.environment, reads)
     lock = context.locked()
     assert lock is not None, "it was made before"

@@ -14,7 +14,8 @@ import zstandard
 from katagpu import modsig
 from katagpu.context import Context
 from katagpu.modsig import Unsigned
-from tests.signers import Signer, needs_openssl, openssl_verifies, signer
+from katagpu.stages.signing import SCRIPT
+from tests.signers import Signer, needs_openssl, openssl, openssl_verifies, signer
 
 pytestmark = [needs_openssl, pytest.mark.skipif(
     shutil.which("gcc") is None or not Path("/usr/include/openssl/cms.h").exists(),
@@ -70,6 +71,12 @@ def test_real_modules(
         with pytest.raises(Unsigned, match="is not signed"):
             modsig.verify(plain, mine.certificate)
     smallest = min(modules, key=lambda path: path.stat().st_size)
-    assert signed(smallest, mine) == signed(smallest, mine), "the same each time"
+    once = signed(smallest, mine)
+    assert once == signed(smallest, mine), "the same each time"
     with pytest.raises(Unsigned, match="signed by another"):
         modsig.verify(signed(smallest, stranger), mine.certificate)
+    encrypted = tmp_path / "encrypted.key"
+    openssl("pkey", "-in", mine.key, "-aes256", "-passout", "pass:a word", "-out", encrypted)
+    subprocess.run(["sh", "-c", SCRIPT, "sh", sign_file, "sha512", encrypted, mine.cert, smallest],
+                   input=b"a word\n", capture_output=True, check=True)
+    assert smallest.read_bytes() == once, "as the stage calls it, the passphrase on stdin"
