@@ -158,13 +158,14 @@ def seed(sources: Sequence[Plan], target: Store) -> None:
 
 
 def _fetched(sources: Sequence[Plan]) -> Iterator[tuple[str, Action]]:
-    """The actions of stages that have the network."""
+    """The actions of stages that have the network, whether or not the store has their inputs."""
     for plan in sources:
-        plan.forget()
-        for name, stage in plan.stages.items():
-            action = plan.action(name) if stage.network else None
-            if action is not None:
-                yield plan.digest(name) or "", action
+        stages = {name: stage for name, stage in plan.stages.items() if stage.network}
+        for digest, _used, action in plan.store.actions():
+            stage = stages.get(action.stage)
+            if stage is not None and plan.store.action(digest) is not None \
+                    and stage.key(action.key["inputs"]) == action.key:
+                yield digest, action
 
 
 def _bring(source: Store, digest: str, target: Store) -> None:

@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from katagpu import reproduce
+from katagpu.plan import Plan
+from katagpu.stages.api import Build, Ref, Stage
+from katagpu.store import Kind, Store
 from tests import toykernelguest
 from tests.lockedrepo import LockedRepository, locked_repository
 from tests.signers import needs_openssl, signer
@@ -182,6 +186,35 @@ def _once(repo: LockedRepository) -> None:
     assert kernel and len(kernel) == len(set(kernel))
     outputs = {each["stage"]: each for each in result(repo.toy)["outputs"]}
     assert {stage for stage, each in outputs.items() if each["fetched"]} == {"toolkit_source"}
+
+
+def test_what_was_fetched_is_found_without_what_fetched_it(tmp_path: Path) -> None:
+    """A store that was cleaned may have the download of a tool that it has no more."""
+    def make(build: Build) -> None:
+        build.put_bytes("out", build.stage.name.encode())
+
+    def plan(name: str, version: str = "1") -> Plan:
+        stages = [Stage(name="tools", title="", module="errors", make=make,
+                        outputs={"out": Kind.FILE}),
+                  Stage(name="source", title="", module="errors", make=make, network=True,
+                        outputs={"out": Kind.FILE}, options={"version": version},
+                        inputs={"tools": Ref(stage="tools", output="out")})]
+        return Plan({stage.name: stage for stage in stages}, Store(tmp_path / name),
+                    tmp_path / "logs")
+
+    plan("main", "0").ensure("source")
+    main = plan("main")
+    main.ensure("source")
+    digest = main.digest("tools")
+    assert digest is not None
+    main.store.forget(digest)
+    target = Store(tmp_path / "target")
+    target.prepare()
+    reproduce.seed([plan("main")], target)
+    assert [action.stage for _digest, _used, action in target.actions()] == ["source"]
+    assert plan("target").reason("tools") == "never made in this store"
+    plan("target").ensure("tools")
+    assert plan("target").reason("source") == "hit"
 
 
 # real stages on toys
