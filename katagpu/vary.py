@@ -165,12 +165,13 @@ def _user(scratch: Path, varied: dict[str, tuple[str, str]], same: dict[str, str
                 continue
         except KeyError:
             continue
-        for argv, refusal in (
-                (["test", "-x", scratch], f"{name} cannot enter {scratch}: give place=DIRECTORY"),
-                ([sys.executable, "-c", "import doit"], f"{name} cannot run {sys.executable}"),
-                *((["test", "-r", path], f"{name} cannot read {path}") for path in reads),
-                (["unshare", "--user", "--map-auto", "--map-root-user", "true"],
-                 f"{name} cannot open a user namespace")):
+        tries = [
+            (["test", "-x", str(scratch)], f"{name} cannot enter {scratch}: give place=DIRECTORY"),
+            ([sys.executable, "-c", "import doit"], f"{name} cannot run {sys.executable}"),
+            (["unshare", "--user", "--map-auto", "--map-root-user", "true"],
+             f"{name} cannot open a user namespace"),
+            *((["test", "-r", str(path)], f"{name} cannot read {path}") for path in reads)]
+        for argv, refusal in tries:
             # by way of a shell: setpriv itself still has root's rights when it starts a program
             if run([*_become(name), "sh", "-c", 'exec "$@"', "sh", *argv],
                    check=False).status != 0:
