@@ -14,6 +14,7 @@ task_test = tasks.test
 task_boot_check = tasks.boot_check
 task_boot_shell = tasks.boot_shell
 task_bench = tasks.bench
+task_reproduce = releasetasks.reproduce
 task_release = releasetasks.release
 task_publish = releasetasks.publish
 task_install = releasetasks.install

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from katagpu.check.facts import (
     RootFormat,
     Toolkit,
 )
+from katagpu.check.signed import SignedFacts
 
 
 def lay(root: Path, variables: dict[str, object]) -> list[str]:
@@ -33,7 +36,11 @@ def check(root: Path, facts: dict[str, Any]) -> list[Finding]:
     """
     driver, extension = facts.pop("driver"), facts["extension"]
     programs = "/usr/bin" if extension is None else f"{extension}/bin"
-    known = GuestFacts(
+    kind: Callable[..., GuestFacts] = GuestFacts
+    if "certificate" in facts:
+        kind = partial(SignedFacts, certificate=Path(facts["certificate"]),
+                       vmlinux=Path(facts["vmlinux"]))
+    known = kind(
         kernel_release=facts["kernel_release"], symvers=Path(facts["symvers"]),
         kernel_config=Path(facts["kernel_config"]), kernel_build_id=facts["kernel_build_id"],
         toolkit=Toolkit(facts["toolkit"]), agent=facts["agent"], vgpu=facts["vgpu"],

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from katagpu import artifacts, log, recipe, sandbox
+from katagpu import artifacts, log, recipe, sandbox, vary
 from katagpu.errors import StepError
 from katagpu.sandbox import Bind
 from katagpu.schema import KernelModule
@@ -39,7 +39,6 @@ IMAGE_SIZE = 300_000_000
 COLD = 40 * 60
 """Seconds of wall that a whole build without any cache should take at most."""
 COMPILES = ("kernel", "driver_modules")
-SCRATCH_LEAVES_OUT = ("out", ".git", ".venv", ".venv.lock", ".*_cache", "__pycache__")
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -226,8 +225,7 @@ def _changes(context: Context) -> None:
     """Changes of one thing, each in a copy of the repository on the same store."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "copy"
-        shutil.copytree(context.root, root, symlinks=True,
-                        ignore=shutil.ignore_patterns(*SCRATCH_LEAVES_OUT))
+        vary.copy(context.root, root)
         place = root / context.directory.relative_to(context.root)
         place.mkdir(parents=True)
         shutil.copy(context.locks.path, place)

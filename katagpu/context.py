@@ -24,7 +24,8 @@ DEFAULT = "debian-trixie"
 PARAMETERS = ("recipe", "driver", "all", "json", "ccache",
               "update", "draft",  # lock
               "version", "key", "signer", "unsigned", "no_agent",  # release
-              "to", "licensed", "from", "prefix", "unverified")  # publish, install
+              "to", "licensed", "from", "prefix", "unverified",  # publish, install
+              "place", "diffoscope")  # reproduce
 
 
 class Context:
@@ -208,8 +209,20 @@ class Context:
     def ensure(self, stage: str) -> None:
         """Make a stage, holding the store's lease."""
         self.store.prepare()
+        self._look_at_key()
         with self.store.lease():
             self.plan.ensure(stage)
+
+    @functools.cache  # noqa: B019  # one context lives as long as the process
+    def _look_at_key(self) -> None:
+        """Warn before anything is made that modules cannot be signed at the end."""
+        if self.recipe.sign is not None:
+            from katagpu.stages import signing
+
+            why = signing.lacks_key([stage for name, stage in self.plan.stages.items()
+                                     if self.plan.action(name) is None])
+            if why is not None:
+                log.warn(f"modules will not be signed: {why}")
 
     def restore(self, task: str) -> None:
         """Restore a task's artifacts; damaged blobs are made again. A read-only store will do."""

@@ -61,6 +61,10 @@ def stages(recipe: Recipe, lock: Lock, root: Path) -> dict[str, Stage]:
     found += [*_images(recipe, lock, root), final.kata_config(recipe),
               sbom.contents_of(recipe, lock), final.manifest(recipe, lock, root)]
     found = locked.pinned(found, lock, root)
+    if recipe.sign is not None:
+        from katagpu.stages import signing
+
+        found = signing.signed(found, recipe, root)
     for stage in found:
         keys.code(stage.module)  # now: a key names the code that is loaded, not a later edit
     return {stage.name: stage for stage in found}

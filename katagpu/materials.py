@@ -19,7 +19,8 @@ def of(recipe: Recipe, lock: Lock, plan: Plan, root: Path) -> list[Material]:
     """All of them, for a guest whose stages are made; `root` is the repository."""
     distribution = recipe.distribution
     return [*packages(lock, str(distribution.id), distribution.suite), *_kernel(recipe, lock, plan),
-            *_driver(recipe, plan), *_toolkit(recipe, plan, root), *_agent(recipe, plan)]
+            *_driver(recipe, plan), *_toolkit(recipe, plan, root), *_agent(recipe, plan),
+            *_signer(recipe, root)]
 
 
 def _identity(plan: Plan, stage: str, output: str) -> str:
@@ -56,6 +57,14 @@ def _toolkit(recipe: Recipe, plan: Plan, root: Path) -> Iterator[Material]:
     for deb in recipe.toolkit.debs:
         yield Material(name=Path(deb).name, digest={"sha256": file_digest(root / deb)},
                        uri=f"{statement.FILE}{Path(deb).name}")
+
+
+def _signer(recipe: Recipe, root: Path) -> Iterator[Material]:
+    """The certificate in the kernel; the key is nobody's matter."""
+    if recipe.sign is not None:
+        path = root / recipe.sign.cert
+        yield Material(name="certificate of the modules' signer",
+                       uri=f"{statement.FILE}{path.name}", digest={"sha256": file_digest(path)})
 
 
 def _agent(recipe: Recipe, plan: Plan) -> Iterator[Material]:

@@ -90,11 +90,16 @@ class Plan:
             if key is None:
                 return None
             digest = keys.digest(key)
-            action = self.store.action(digest)
+            action = self._kept(digest)
             if action is not None:
                 self._known[name] = (digest, action)
                 self.store.touch(digest)
             return action
+
+    def _kept(self, digest: str) -> Action | None:
+        """What the store has; a build without ccache takes nothing that was compiled through it."""
+        action = self.store.action(digest)
+        return None if action is None or (not self.ccache and through_ccache(action)) else action
 
     def digest(self, name: str) -> str | None:
         """The digest of the stage's action, if it is a hit."""
@@ -129,7 +134,7 @@ class Plan:
         digest = keys.digest(key)
         self.store.prepare()
         with self.store.lock(digest, lambda: log.note(f"{name}: another build is making it")):
-            action = self.store.action(digest)
+            action = self._kept(digest)
             if action is None:
                 reason = self.reason(name)
                 with log.step(f"{name}: {self.stages[name].title}", stage=name, hit=False,
@@ -171,8 +176,10 @@ class Plan:
         if key is None:
             missing = [need for need in self.needs(name) if self.action(need) is None]
             return f"waits for {', '.join(missing)}"
-        if self.store.action(keys.digest(key)) is not None:
-            return "hit"
+        kept = self.store.action(keys.digest(key))
+        if kept is not None:
+            return "hit" if self.ccache or not through_ccache(kept) else \
+                "it was compiled through ccache, and ccache=0 asks for one that was not"
         nearest: list[str] | None = None
         for digest, _used, action in self.store.actions():
             if action.stage != name:
@@ -192,6 +199,15 @@ class Plan:
         for stage in self.closure(name):
             state = self.reason(stage)
             yield f"{stage}: hit" if state == "hit" else f"{stage}: miss: {state}"
+
+
+def through_ccache(action: Action) -> bool:
+    """Was something of an action compiled through ccache, or taken from it?
+
+    Where the record is older than the field `compiler_cache`, ccache's counters tell.
+    """
+    counted = action.record.get("ccache", {})
+    return bool(action.record.get("compiler_cache", sum(counted.values()) > 0))
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

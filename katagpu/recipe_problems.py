@@ -61,6 +61,22 @@ def problems(recipe: Recipe, name: str, root: Path) -> Iterator[Problem]:
     yield from _agent(recipe, root)
     yield from _image(recipe)
     yield from _beside_driver(recipe, root)
+    yield from _sign(recipe, root)
+
+
+def _sign(recipe: Recipe, root: Path) -> Iterator[Problem]:
+    if recipe.sign is None:
+        return
+    key, home = Path(recipe.sign.key), root.resolve()
+    if not key.is_absolute():
+        yield (("sign", "key"), f"{key} is not an absolute path", "a private key lies outside of "
+               "the repository, which is copied and published")
+    elif key.resolve().is_relative_to(home):
+        yield (("sign", "key"), f"{key} is in the repository, which is copied and published",
+               "move the private key to another place")
+    if not (root / recipe.sign.cert).is_file():
+        yield (("sign", "cert"), f"there is no file {root / recipe.sign.cert}",
+               "a relative path starts at the repository's root")
 
 
 def _beside_driver(recipe: Recipe, root: Path) -> Iterator[Problem]:

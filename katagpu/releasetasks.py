@@ -25,7 +25,7 @@ def _context() -> Context:
     from katagpu.current import guests
 
     if guests().all:
-        raise UserError("a release is of one guest", hint="leave driver= away")
+        raise UserError("releases and reproductions are of one guest", hint="leave driver= away")
     return guests().contexts[0]
 
 
@@ -61,12 +61,13 @@ def release() -> Task:
 def order(context: Context, version: str, commit: str, signer: Signer | None) -> Order:
     """What is released of a guest that is built and checked. Raises `UserError`, `StepError`."""
     from katagpu import embed
-    from katagpu.release import assemble
+    from katagpu.release import assemble, preflight
 
     recipe, lock = context.recipe, context.locked()
     embed.refuse(context.directory)
     if lock is None or context.booting.checked() is None or not context.complete("build_image"):
         raise StepError("the build changed while it was released", hint="run it again")
+    preflight.signed(context.plan, context.root, recipe)
     return assemble.Order(
         recipe=recipe.name, version=version, signer=signer, pieces=list(pieces(context)),
         licensed=recipe.vgpu is not None, built=_built(context, lock, commit, version))
@@ -101,6 +102,22 @@ def pieces(context: Context) -> Iterator[Piece]:
         if item.name.startswith("linux-headers-"):
             part = "headers"
         yield Piece(path=context.directory / name, link=item.link, part=part)
+
+
+def reproduce() -> Task:
+    """Build twice, and compare."""
+
+    def compare() -> None:
+        from katagpu import reproduce
+
+        context = _context()
+        stages = [name for task in reproduce.TASKS for name in tasks.STAGES[task]
+                  if name in context.plan.stages]
+        result = reproduce.reproduce(context, list(dict.fromkeys(stages)))
+        log.say(f"every output is the same in both builds: {os.path.relpath(result)}")
+
+    return tasks.plain(compare, "build twice with everything varied, and compare every output",
+                       task_dep=["_lock"])
 
 
 def publish() -> Task:

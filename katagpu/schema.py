@@ -8,21 +8,20 @@ from __future__ import annotations
 from enum import IntEnum, StrEnum
 from typing import Annotated
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 
+from katagpu.sections import BootCheck as BootCheck
+from katagpu.sections import Section as Section
+from katagpu.sections import Sign as Sign
 from katagpu.words import (
-    BarSize,
     Component,
-    DeviceId,
     DriverVersion,
     Fingerprint,
-    GuestMemory,
     KernelVersion,
     Minutes,
     Mirror,
     PackageName,
     Port,
-    Register,
     ServerAddress,
     Sha256,
     Suite,
@@ -145,10 +144,6 @@ class FeatureType(IntEnum):
     VGPU = 1
     WORKSTATION = 2
     COMPUTE = 4
-
-
-class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the recipe's parts: immutable, and an unknown field is an error."""
 
 
 class Distribution(Section, frozen=True, kw_only=True):
@@ -355,20 +350,6 @@ class Vgpu(Section, frozen=True, kw_only=True):
         "path of that token (`embed_token`)"))] = None
 
 
-class BootCheck(Section, frozen=True, kw_only=True):
-    """What `./doitw boot_check` boots the guest with (docs/boot.md)."""
-
-    device: Annotated[DeviceId, Meta(description=(
-        "PCI device id of the emulated GPU; `20b7`, `20b9` and `2335` are known by themselves"))
-    ] = "20b7"
-    boot0: Annotated[Register | None, Meta(description=(
-        "its register PMC_BOOT_0, for another id; `ffffffff`: a GPU that does not answer"))] = None
-    boot42: Annotated[Register | None, Meta(description=(
-        "its register PMC_BOOT_42, for another id"))] = None
-    bar1_gib: Annotated[BarSize, Meta(description="its large BAR, in GiB")] = 32
-    memory: Annotated[GuestMemory, Meta(description="memory of each machine, in MiB")] = 2048
-
-
 class Recipe(Section, frozen=True, kw_only=True):
     """A guest."""
 
@@ -396,4 +377,6 @@ class Recipe(Section, frozen=True, kw_only=True):
     vgpu: Annotated[Vgpu | None, Meta(description=(
         "the driver is a GRID guest driver for vGPUs; without it the guest has no licence client"))
     ] = None
+    sign: Annotated[Sign | None, Meta(description=(
+        "sign the kernel's and the driver's modules; without it they are not signed"))] = None
     boot_check: BootCheck = BootCheck()

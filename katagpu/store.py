@@ -83,7 +83,10 @@ class Store:
         self.root = root
 
     def prepare(self) -> None:
-        """Make the directories. Raises `UserError` where that is not allowed."""
+        """Make the directories. Raises `UserError` where that is not allowed, or apt could not."""
+        if any(letter.isspace() for letter in str(self.root)):
+            raise UserError(f"the store {str(self.root)!r} has a blank in its path, which an apt "
+                            "source cannot have", hint="set KATAGPU_STORE to a path without one")
         with writing(self.root):
             for name in DIRECTORIES:
                 (self.root / name).mkdir(parents=True, exist_ok=True)

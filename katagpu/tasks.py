@@ -47,6 +47,7 @@ def config() -> dict[str, Any]:
     from katagpu.reporter import Reporter
 
     die_cleanly_on_signals()
+    os.umask(0o022)  # stages write files in this process too, whose modes go into layers
     return {"dep_file": ":memory:", "backend": "sqlite3", "reporter": Reporter, "verbosity": 2,
             "default_tasks": [DEFAULT], "num_process": 3, "par_type": "thread",
             "subtasks": True}  # `doit list` shows cache:list and its like too

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from katagpu import guest, keys, materials, recipe
 from katagpu.lock import Deb, Lock
 from katagpu.plan import Plan
-from katagpu.schema import Agent, DriverSource, KernelSource, Recipe, ToolkitSource
+from katagpu.schema import Agent, DriverSource, KernelSource, Recipe, Sign, ToolkitSource
 from katagpu.stages.api import Build, Stage
 from katagpu.store import Kind, Store
 
@@ -83,6 +83,14 @@ def test_of_files_and_releases(default: Recipe, plan: Plan, tmp_path: Path) -> N
     assert found["tag:katagpu,2025:file/toolkit.deb"] == {
         "sha256": keys.file_digest(tmp_path / "toolkit.deb")}
     assert found[RELEASE] == {"sha256": "2" * 64} and found["tag:katagpu,2025:file/kata-agent"]
+
+
+def test_of_signed_modules(default: Recipe, plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "cert.pem").write_text("certificate")
+    chosen = replace(default, sign=Sign(key="/nowhere/key.pem", cert="cert.pem"))
+    assert known(chosen, plan, tmp_path)["tag:katagpu,2025:file/cert.pem"] == {
+        "sha256": keys.file_digest(tmp_path / "cert.pem")}
+    assert "key.pem" not in str(known(chosen, plan, tmp_path))
 
 
 def test_the_stages_that_it_asks_for_exist(default: Recipe) -> None:

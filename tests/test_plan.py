@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from katagpu import plan as plan_module
 from katagpu.errors import CorruptBlob, StepError, UserError
@@ -262,3 +263,37 @@ def test_the_reason_of_a_miss_is_in_the_record(toy: Toy) -> None:
 ])
 def test_differences_are_short(old: dict[str, Any], new: dict[str, Any], said: list[str]) -> None:
     assert list(differing(old, new)) == said
+
+
+# without ccache
+
+
+def compiled(toy: Toy, **record: Any) -> None:
+    """Put this into the record of the action of `a`."""
+    digest, action = toy.plan().digest("a"), toy.plan().action("a")
+    assert digest is not None and action is not None
+    toy.store.commit(digest, replace(action, record={**action.record, **record}))
+
+
+@pytest.mark.parametrize(("record", "through"), [
+    ({"compiler_cache": True, "ccache": {"hits": 0, "misses": 0}}, True),
+    ({"compiler_cache": False, "ccache": {"hits": 0, "misses": 0}}, False),
+    ({"ccache": {"hits": 3, "misses": 1}}, True),
+    ({"ccache": {"hits": 0, "misses": 7}}, True),
+    ({"ccache": {"hits": 0, "misses": 0}}, False),
+    ({}, False)])
+def test_without_ccache_what_was_compiled_through_it_is_made_again(
+    toy: Toy, record: dict[str, Any], through: bool,
+) -> None:
+    toy.build("d")
+    toy.made.clear()
+    compiled(toy, **record)
+    plain = Plan(dict(toy.stages), toy.store, toy.top / "logs", ccache=False)
+    assert (plain.action("a") is None) is through
+    assert ("ccache" in plain.reason("a")) is through
+    assert toy.plan().reason("a") == "hit"
+    plain.ensure("d")
+    # The same bytes come out, so nothing above is made again; the record is that of this build.
+    assert toy.made == (["a"] if through else [])
+    again = Plan(dict(toy.stages), toy.store, toy.top / "logs", ccache=False)
+    assert again.reason("d") == "hit"

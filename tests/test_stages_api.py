@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from hashlib import sha256
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from katagpu import run
+from katagpu.errors import UserError
 from katagpu.lock import Deb
-from katagpu.stages.api import Build, Stage
+from katagpu.stages.api import Build, Stage, jobs
 from katagpu.store import Store
 
 
@@ -103,18 +105,35 @@ called_for_link
 
 def test_what_ccache_answered_is_in_the_record(tmp_path: Path) -> None:
     build = make_build(tmp_path, Store(tmp_path / "store"), "stage", ())
-    assert "ccache" not in build.finish({}, {}).record
+    assert not {"ccache", "compiler_cache"} & build.finish({}, {}).record.keys()
     binds, env = build.compiler_cache("kernel", "0" * 64)
-    assert "ccache" not in build.finish({}, {}).record  # an old one, which writes no log
+    # an old one, which writes no log
+    assert build.finish({}, {}).record == {"compiler_cache": True}
     place = next(bind for bind in binds if env["CCACHE_STATSLOG"].startswith(f"{bind.target}/log"))
     assert place.writable
     (place.source / "log").write_text(LOG)
     assert build.finish({}, {"cpu": 1.0}).record == {
-        "cpu": 1.0, "ccache": {"hits": 2, "misses": 1}}
+        "cpu": 1.0, "compiler_cache": True, "ccache": {"hits": 2, "misses": 1}}
 
 
 def test_without_ccache_nothing_came_from_it(tmp_path: Path) -> None:
     build = make_build(tmp_path, Store(tmp_path / "store"), "stage", ())
     build.ccache = False
     assert build.compiler_cache("kernel", "0" * 64) == ([], {"CCACHE_DISABLE": "1"})
-    assert build.finish({}, {}).record == {"ccache": {"hits": 0, "misses": 0}}
+    assert build.finish({}, {}).record == {"compiler_cache": False,
+                                           "ccache": {"hits": 0, "misses": 0}}
+
+
+@pytest.mark.parametrize(("given", "found"), [("3", 3), ("12", 12), ("", None)])
+def test_how_many_compilers_run_at_once(
+    monkeypatch: pytest.MonkeyPatch, given: str, found: int | None,
+) -> None:
+    monkeypatch.setenv("KATAGPU_JOBS", given)
+    assert jobs() == (found or len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "many", "2.5"])
+def test_what_is_no_number_of_compilers(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("KATAGPU_JOBS", given)
+    with pytest.raises(UserError, match=f"KATAGPU_JOBS={given} is no number"):
+        jobs()

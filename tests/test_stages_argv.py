@@ -50,7 +50,7 @@ class Recorder(Build):
     def enter(self, argv: Sequence[str], roots: Sequence[Root], *, binds: Sequence[Bind] = (),
               env: Mapping[str, str] | None = None, cwd: str = "/", network: bool = False,
               capture: bool = False, check: bool = True,
-              timeout: float | None = None) -> Result:
+              timeout: float | None = None, stdin: bytes | None = None) -> Result:
         self.ran.append(list(argv))
         self.environments.append(dict(env or {}))
         self.networks.append(network)

@@ -12,6 +12,7 @@ from katagpu import statement
 from katagpu.errors import UserError
 from katagpu.lock import Deb, Lock
 from katagpu.statement import Built, Material
+from katagpu.tree import EPOCH
 
 SUBJECTS = {"b.image": "b" * 64, "a.toml": "a" * 64}
 EMPTY = "h1:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU="  # the specification's own example
@@ -72,6 +73,39 @@ def test_the_predicate_has_what_slsa_requires() -> None:
         for algorithm, value in each["digest"].items():
             assert algorithm in ("sha256", "dirHash") and re.fullmatch("[0-9a-f]{64}", value)
     assert "mirror.local" not in json.dumps(made)
+
+
+def spoilt(*path: str, value: Any) -> dict[str, Any]:
+    """A predicate with another value at a place."""
+    predicate: dict[str, Any] = statement.statement(SUBJECTS, built())["predicate"]
+    inner = predicate
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = value
+    return predicate
+
+
+def test_the_predicate_is_that_of_the_published_schema() -> None:
+    """SLSA's own definition, as in-toto's library has it; it knows no other field or type."""
+    from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
+
+    predicate = json.loads(json.dumps(statement.statement(SUBJECTS, built())["predicate"]))
+    parsed = ParseDict(predicate, Provenance())
+    assert MessageToDict(parsed) == predicate, "nothing of it is lost on the way"
+    assert parsed.build_definition.build_type == statement.BUILD_TYPE
+    assert parsed.run_details.metadata.started_on.seconds == EPOCH
+    assert {key for each in parsed.build_definition.resolved_dependencies
+            for key in each.digest} == {"sha256", "dirHash"}
+    for wrong in (spoilt("buildDefinition", "materials", value=[]),
+                  spoilt("buildDefinition", "buildType", value=7),
+                  spoilt("buildDefinition", "externalParameters", value=["list"]),
+                  spoilt("buildDefinition", "resolvedDependencies", value={"uri": "x:y"}),
+                  spoilt("runDetails", "metadata", "startedOn", value="yesterday"),
+                  spoilt("runDetails", "builder", "version", value="1.0"),
+                  spoilt("invocation", value={})):
+        with pytest.raises(ParseError):
+            ParseDict(wrong, Provenance())
 
 
 def test_the_same_build_has_the_same_bytes() -> None:

@@ -559,3 +559,10 @@ def test_a_part_of_a_killed_run_goes_and_one_of_a_live_run_stays(store: Store) -
         part.write_text("half")
     with store.staging("run", shutil.rmtree):
         assert alive.exists() and not dead.exists()
+
+
+def test_a_store_with_a_blank_in_its_path_is_refused(tmp_path: Path) -> None:
+    """apt would take what stands behind the blank for a suite."""
+    with pytest.raises(UserError, match="has a blank in its path"):
+        Store(tmp_path / "my store").prepare()
+    assert not (tmp_path / "my store").exists()

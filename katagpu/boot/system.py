@@ -24,6 +24,15 @@ TROUBLE = re.compile(
 NEED_A_GPU = {"nvidia-persistenced.service", "nvidia-cdi.service", "nvidia-dcgm.service",
               "nvidia-fabricmanager.service", "nvidia-gridd.service", "nvidia-topologyd.service"}
 KATA_DM = "dm-verity"  # the image's device, by Kata's dm-mod.create
+ENFORCED = "/sys/module/module/parameters/sig_enforce"
+REFUSED = 77  # of the script, where insmod says so
+# The module as it was before it was signed would be refused too; what matters is the kernel's mark.
+UNSIGNED = """module=$(find {directory} -name '*.ko' | head -n 1)
+[ -n "$module" ] || exit 3
+head -c -28 "$module" > /run/unsigned.ko
+insmod /run/unsigned.ko 2>&1 && exit 4
+rm /run/unsigned.ko
+exit 77"""
 NO_MATCH = "the image and the kernel are not of one build"
 REBUILD = "./doitw build_image, and install all of its files together"
 
@@ -199,6 +208,20 @@ def libraries(session: Session) -> list[str]:
         raise Failed("no program of the guest could be looked at", found[:5],
                      cause="the guest's dynamic loader does not run", cure=REBUILD)
     return [f"{counts[0]} lists of the loader, {counts[1]} libraries in them, all resolved"]
+
+
+def signatures(session: Session) -> list[str]:
+    """Where modules must be signed, the kernel refuses one whose signature was cut off."""
+    if kconfig.read_config(session.facts.config).get("MODULE_SIG_FORCE") != "y":
+        raise Skipped("this kernel takes modules without a signature")
+    guest, place = session.guest, session.facts.extension or ""
+    enforced = guest.text(ENFORCED).strip()
+    tried = guest.shell(UNSIGNED.format(directory=f"{place}/lib/modules/{session.facts.release}"))
+    if enforced != "Y" or tried.status != REFUSED:
+        raise Failed("the kernel takes a module that is not signed", [
+            f"{ENFORCED}: {enforced}", *tried.said], cause="a kernel of another configuration",
+            cure="`sign: {force: true}` in the recipe; no fragment may take MODULE_SIG_FORCE away")
+    return [f"{ENFORCED}: {enforced}", *tried.said]
 
 
 def kernel_log(session: Session) -> list[str]:

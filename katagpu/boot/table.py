@@ -19,9 +19,9 @@ TABLE: Mapping[str, tuple[Check, ...]] = {
         system.ready, system.release, system.build_id, system.config, system.root, system.verity,
         system.extension, system.units, agent.agent_runs, agent.agent_answers,
         agent.agent_details, gpus.cold, gpus.cold_addresses, gpus.modules, gpus.vermagic,
-        gpus.compiled_against, gpus.nouveau, gpus.cold_bound, gpus.cold_model, gpus.nodes,
-        gpus.firmware, toolkit.driver_libraries, toolkit.nvml, toolkit.programs, toolkit.hook,
-        toolkit.cdi_cold, gpus.small_hot_plug, system.libraries, system.kernel_log),
+        gpus.compiled_against, system.signatures, gpus.nouveau, gpus.cold_bound, gpus.cold_model,
+        gpus.nodes, gpus.firmware, toolkit.driver_libraries, toolkit.nvml, toolkit.programs,
+        toolkit.hook, toolkit.cdi_cold, gpus.small_hot_plug, system.libraries, system.kernel_log),
     # The GPUs come while the guest runs; PCI Express' own handler takes them.
     HOT: (
         system.ready, gpus.none_yet, gpus.hot_plug, gpus.hot_addresses, gpus.hot_bound,

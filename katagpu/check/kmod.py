@@ -74,7 +74,7 @@ def canonical(name: str) -> str:
 def read_module(host: Path, path: str) -> Module:
     """Read a module, compressed or not. Raises `Damaged` where it is no module for x86-64."""
     try:
-        with _open(host) as stream:
+        with opened(host) as stream:
             elf = ELFFile(stream)
             if elf["e_type"] != "ET_REL" or elf["e_machine"] != MACHINE or elf.elfclass != 64:
                 raise Damaged(f"it is {elf['e_type']} for {elf['e_machine']}, not a relocatable "
@@ -85,7 +85,8 @@ def read_module(host: Path, path: str) -> Module:
         raise Damaged(str(broken) or type(broken).__name__) from broken
 
 
-def _open(host: Path) -> IO[bytes]:
+def opened(host: Path) -> IO[bytes]:
+    """A module's file, as it is before it is compressed."""
     if host.suffix == ".xz":
         return io.BytesIO(lzma.decompress(host.read_bytes()))
     if host.suffix == ".gz":

@@ -184,21 +184,6 @@ def names(guest: Guest) -> Iterator[Fault]:
                         cure="keep one of them and run depmod again")
 
 
-def signatures(guest: Guest) -> Iterator[Fault]:
-    """Every module is signed where the kernel refuses unsigned ones.
-
-    Whether the key is the kernel's is not tested here: kernel and modules come from one build.
-    """
-    if guest.config.get("MODULE_SIG_FORCE") != "y":
-        return
-    for module in guest.modules:
-        if not module.signed:
-            yield Fault(what="is not signed, and this kernel (MODULE_SIG_FORCE) refuses it",
-                        where=module.path,
-                        cure="sign it with the kernel's key, after it was stripped and before it "
-                             "is compressed")
-
-
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - EXAMPLES} more" if len(names) > EXAMPLES else ""
     return ", ".join(names[:EXAMPLES]) + more

@@ -17,6 +17,7 @@ from katagpu.check import (
     leftovers,
     modindex,
     modules,
+    signed,
     toolkit,
     vgpu,
 )
@@ -56,7 +57,8 @@ CHECKS = (
     Check(id="module-headers", find=modules.headers),
     Check(id="module-symbols", find=modules.symbols),
     Check(id="module-name", find=modules.names),
-    Check(id="module-signature", find=modules.signatures),
+    Check(id="module-signature", find=signed.signatures),
+    Check(id="module-certificate", find=signed.certificates),
     Check(id="depmod-complete", find=modindex.complete),
     Check(id="depmod-closure", find=modindex.closure),
     Check(id="depmod-index", find=modindex.indexes),

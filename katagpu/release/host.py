@@ -104,17 +104,50 @@ class Host:
         part.replace(self.home / name)
         sync(self.home)
 
-    def place(self, source: str, data: bytes) -> None:
-        """Put a drop-in there, in one step.
+    def place(self, wanted: Mapping[str, bytes | None]) -> None:
+        """Put drop-ins there, each in one step, or remove them (None).
 
-        Kata parses every file beside it, so a half-made one lies a directory higher.
+        All are written and synced before the first gets its name, so that no more than a rename is
+        between two runtimes. Where one is refused, those before it become what they were: raises
+        `OSError`, and all runtimes use what they used. Kata parses every file beside a drop-in, so
+        one that is not in use yet lies a directory higher.
         """
-        path = self.drop_in(source)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._part(source)
-        write(part, data)
-        part.replace(path)
-        sync(path.parent)
+        before = {source: self.content(source) for source in wanted}
+        changed = {source: data for source, data in wanted.items() if data != before[source]}
+        for source, data in changed.items():
+            self._prepare(source, data)
+        done: list[str] = []
+        try:
+            for source, data in changed.items():
+                self._switch(source, data)
+                done.append(source)
+        except OSError:
+            for source in reversed(done):
+                self._prepare(source, before[source])
+                self._switch(source, before[source])
+            for source in changed:
+                self.remove(self._part(source))
+            raise
+        for source in changed:
+            sync(self.drop_in(source).parent)
+
+    def content(self, source: str) -> bytes | None:
+        """What a drop-in is now; None: it is not there."""
+        try:
+            return self.drop_in(source).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _prepare(self, source: str, data: bytes | None) -> None:
+        if data is not None:
+            self.drop_in(source).parent.mkdir(parents=True, exist_ok=True)
+            write(self._part(source), data)
+
+    def _switch(self, source: str, data: bytes | None) -> None:
+        if data is None:
+            self.drop_in(source).unlink()
+        else:
+            self._part(source).replace(self.drop_in(source))
 
     def _part(self, source: str) -> Path:
         return self.prefix / DROP_INS[source] / f".{DROP_IN}.part"

@@ -123,17 +123,24 @@ def switch(host: Host, release: str) -> None:
     """Let the runtimes use a release that is complete. Raises `UserError` before any change."""
     _must_be_ours(host)
     host.link("next", release)
+    try:
+        _use(host, release)
+    except OSError:
+        if not any(_config(host, release, name) == host.content(name) is not None
+                   for name in DROP_INS):
+            host.remove(host.home / "next")  # no runtime uses it: there is nothing to complete
+        raise
     _complete(host, release)
+
+
+def _use(host: Host, release: str) -> None:
+    """Let all runtimes use a release, or leave them what they use. Raises `OSError`."""
+    host.place({name: _config(host, release, name) for name in DROP_INS})
 
 
 def _complete(host: Host, release: str) -> None:
     """The switch, from any state that a kill may leave it in."""
-    for name in DROP_INS:
-        data = _config(host, release, name)
-        if data is None:
-            host.remove(host.drop_in(name))
-        else:
-            host.place(name, data)
+    _use(host, release)
     current = host.target("current")
     if current != release:
         if current is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from katagpu import run
+from katagpu import log, run
 from katagpu.errors import UserError
+from katagpu.plan import Plan
 from katagpu.schema import Recipe
 
 SHOWN = 5  # changed files in a message
@@ -45,6 +47,52 @@ def check(root: Path, recipe: Recipe, values: Mapping[str, str],
         raise UserError(f"{recipe.name} has no kata-agent: Kata cannot use this guest",
                         hint="name one in the recipe's `agent:`; no_agent=1 releases it without")
     return commit
+
+
+def signed(plan: Plan, root: Path, recipe: Recipe) -> None:
+    """Verify every module that is released, and that the kernel trusts their signer alone.
+
+    The guest's own checks did so when it was made; this is about what the store has now. Raises
+    `UserError` naming the modules.
+    """
+    if recipe.sign is None:
+        return
+    from katagpu import modsig
+    from katagpu.check.signed import trusted
+
+    signer = modsig.certificate(root / recipe.sign.cert)
+    kernel = plan.action("kernel")
+    assert kernel is not None, "the guest is built"
+    wrong = []
+    if trusted(plan.store.sound(kernel.outputs["vmlinux"].blob)) != signer.der:
+        wrong.append(f"vmlinux: trusts another certificate than that of {signer.subject}")
+    count = 0
+    for name in ("signed_kernel", "signed_driver"):
+        action = plan.action(name) if name in plan.stages else None
+        if action is not None:
+            for path, module in _modules(plan.store.sound(action.outputs["modules"].blob)):
+                count += 1
+                try:
+                    modsig.verify(module, signer)
+                except modsig.Unsigned as why:
+                    wrong.append(f"{path} {why}")
+    if wrong:
+        more = f"\n  and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise UserError("this guest must not be released:\n  " + "\n  ".join(wrong[:SHOWN]) + more,
+                        hint="./doitw cache:verify, then ./doitw build_image")
+    log.note(f"{count} modules are signed by {signer.subject}, whom the kernel trusts")
+
+
+def _modules(tree: Path) -> Iterator[tuple[str, bytes]]:
+    """The modules in a stored tree: their paths and contents."""
+    import zstandard
+
+    with tree.open("rb") as stream, zstandard.ZstdDecompressor().stream_reader(stream) as plain, \
+            tarfile.open(fileobj=plain, mode="r|") as tar:
+        for member in tar:
+            data = tar.extractfile(member) if member.isreg() else None
+            if data is not None and member.name.endswith(".ko"):
+                yield f"/{member.name}", data.read()
 
 
 def _git(root: Path, *words: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from katagpu import apt, keys, sandbox
-from katagpu.errors import CorruptBlob, StepError
+from katagpu.errors import CorruptBlob, StepError, UserError
 from katagpu.fetch import SUPERSEDED, Gone, Job, fetch_all
 from katagpu.lock import Deb
 from katagpu.run import Result
@@ -149,8 +149,16 @@ def packages(debs: Iterable[Deb], address: Callable[[Deb], str]) -> list[Wanted]
 
 
 def jobs() -> int:
-    """How many compilers may run at once: the processors that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """How many compilers may run at once: KATAGPU_JOBS, else one for each processor of ours.
+
+    Raises `UserError` for what is no number.
+    """
+    given = os.environ.get("KATAGPU_JOBS", "")
+    if not given:
+        return len(os.sched_getaffinity(0))
+    if not given.isdecimal() or int(given) == 0:
+        raise UserError(f"KATAGPU_JOBS={given} is no number of jobs", hint="for example 4")
+    return int(given)
 
 
 class Build:
@@ -229,7 +237,8 @@ class Build:
 
     def enter(self, argv: Sequence[str], roots: Sequence[Root], *, binds: Sequence[Bind] = (),
               env: Mapping[str, str] | None = None, cwd: str = "/", network: bool = False,
-              capture: bool = False, check: bool = True, timeout: float | None = None) -> Result:
+              capture: bool = False, check: bool = True, timeout: float | None = None,
+              stdin: bytes | None = None) -> Result:
         """Run a program in a sandbox, its output in the step's log; `timeout` in seconds.
 
         Only a stage that says `network` gets one.
@@ -240,7 +249,7 @@ class Build:
                       binds=binds, cwd=cwd, network=network, timeout=timeout,
                       env={"SOURCE_DATE_EPOCH": str(EPOCH), "TZ": "UTC", **(env or {})})
         try:
-            return sandbox.enter(entry, log=self.log, capture=capture, check=check)
+            return sandbox.enter(entry, log=self.log, capture=capture, check=check, stdin=stdin)
         finally:
             self.cpu += entry.cpu
 
@@ -271,6 +280,7 @@ class Build:
 
         ccache's own check looks at the compiler's time and size, and our times are clamped.
         """
+        self.facts["compiler_cache"] = self.ccache
         if not self.ccache:
             self.facts["ccache"] = {"hits": 0, "misses": 0}
             return [], {"CCACHE_DISABLE": "1"}

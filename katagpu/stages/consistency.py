@@ -32,7 +32,7 @@ def check(build: Build, roots: Sequence[Root], *, driver: dict[str, Any] | None,
         "kernel_build_id": elf.read_build_id(build.blob("vmlinux")),
         "driver": driver, "toolkit": toolkit, "agent": agent, "vgpu": vgpu,
         "root_format": root_format, "compressor": compressor, "extension": extension,
-        "verity": verity})
+        "verity": verity, **_signer(build)})
     findings = [Finding(check=item["check"], severity=Severity(item["severity"]),
                         what=item["what"], where=item["where"], cure=item["cure"])
                 for item in found]
@@ -40,6 +40,13 @@ def check(build: Build, roots: Sequence[Root], *, driver: dict[str, Any] | None,
         if finding.severity is Severity.WARNING:
             log.warn(f"{build.stage.name}: {finding}")
     return findings
+
+
+def _signer(build: Build) -> dict[str, str]:
+    """Whose signatures the modules must have: the certificate, and the kernel that trusts it."""
+    if "certificate" not in build.stage.files:
+        return {}
+    return {"certificate": str(build.file("certificate")), "vmlinux": str(build.blob("vmlinux"))}
 
 
 def report(findings: Sequence[Finding]) -> bytes:

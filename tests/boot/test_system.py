@@ -84,6 +84,31 @@ def test_config(scripted: Make, shown: str, differs: str | None) -> None:
         assert differs in failed(system.config, found.session, "1 symbols").lines[0]
 
 
+@pytest.mark.parametrize(("enforced", "status", "fine"), [
+    ("Y\n", 77, True), ("N\n", 77, False), ("Y\n", 4, False), ("Y\n", 3, False)])
+def test_signatures(scripted: Make, enforced: str, status: int, fine: bool) -> None:
+    found = scripted()
+    found.facts.config.write_text("CONFIG_MODULE_SIG_FORCE=y\n")
+    found.tables.files["/sys/module/module/parameters/sig_enforce"] = enforced
+    asked: list[str] = []
+
+    def insmod(words: Any) -> tuple[int, str, str]:
+        asked.append(str(words))
+        return status, "insmod: ERROR: Key was rejected by service\n", ""
+
+    found.tables.programs["insmod"] = insmod
+    if fine:
+        assert system.signatures(found.session)[1] == "insmod: ERROR: Key was rejected by service"
+        assert f"/lib/modules/{RELEASE}" in asked[0]
+    else:
+        failed(system.signatures, found.session, "takes a module that is not signed")
+
+
+def test_modules_need_no_signature(scripted: Make) -> None:
+    with pytest.raises(Skipped, match="without a signature"):
+        system.signatures(scripted().session)
+
+
 def test_a_kernel_that_does_not_show_its_configuration(scripted: Make) -> None:
     with pytest.raises(Skipped, match="IKCONFIG"):
         system.config(scripted().session)

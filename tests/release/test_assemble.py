@@ -33,6 +33,18 @@ def test_versioned_names(name: str, expected: str) -> None:
     assert assemble.versioned(name, "1.0.0") == expected
 
 
+def is_in_totos(statement: dict[str, Any]) -> None:
+    """By the published definitions of in-toto's statement and SLSA's provenance."""
+    from google.protobuf.json_format import MessageToDict, ParseDict
+    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
+    from in_toto_attestation.v1 import statement_pb2
+    from in_toto_attestation.v1.statement import Statement
+
+    Statement.copy_from_pb(ParseDict(statement, statement_pb2.Statement())).validate()
+    parsed = ParseDict(statement["predicate"], Provenance())
+    assert MessageToDict(parsed) == statement["predicate"]
+
+
 def test_a_release(tmp_path: Path, keys: Keys) -> None:
     place = toyrelease.make(tmp_path, signer=keys.signer)
     found = content(place)
@@ -47,6 +59,7 @@ def test_a_release(tmp_path: Path, keys: Keys) -> None:
     signature.verify(found[layout.SUMS], found[layout.SIGNATURE], keys.public, "it")
     statement = json.loads(base64.b64decode(
         json.loads(found["provenance-1.0.0.intoto.jsonl"])["payload"]))
+    is_in_totos(statement)
     subjects = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
     assert subjects == {name: digest for name, digest in layout.parse_sums(
         found[layout.SUMS], "it").items() if not name.startswith("provenance")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 import signal
@@ -258,6 +260,84 @@ def test_no_right_to_write(there: Host, releases: list[Path], keys: Keys) -> Non
         install.install(str(releases[0]), there, key=keys.public)
 
 
+# two runtimes
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """Let these of the switches of a drop-in be refused, from 1."""
+    real, count = Host._switch, iter(range(1, 100))
+
+    def switch(self: Host, source: str, data: bytes | None) -> None:
+        if next(count) in numbers:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(self.drop_in(source)))
+        real(self, source, data)
+
+    monkeypatch.setattr(Host, "_switch", switch)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("old", [False, True], ids=["first", "upgrade"])
+def test_a_runtime_that_cannot_be_switched_keeps_the_other_back(
+    there: Host, releases: list[Path], monkeypatch: pytest.MonkeyPatch, number: int, old: bool,
+) -> None:
+    put(there, *releases[:1] if old else ())
+    before = {in_use(there, name) for name in DROP_INS}
+    with monkeypatch.context() as refusing:
+        refuse(refusing, number)
+        with pytest.raises(UserError, match="cross-device") as raised:
+            put(there, releases[1])
+        assert "what was there before is still in use" in str(raised.value)
+    assert {in_use(there, name) for name in DROP_INS} == before == {"toy-1.0.0" if old else None}
+    assert there.target("next") is None and there.target("current") == (
+        "toy-1.0.0" if old else None)
+    assert not [name for name in files(there) if name.endswith(".part")]
+    put(there, releases[1])
+    assert {in_use(there, name) for name in DROP_INS} == {"toy-1.1.0"}
+    nothing_is_left(there)
+
+
+def test_where_the_way_back_is_refused_too_the_next_run_goes_on(
+    there: Host, releases: list[Path], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put(there, releases[0])
+    with monkeypatch.context() as refusing:
+        refuse(refusing, 2, 3)
+        with pytest.raises(UserError, match="cross-device"):
+            put(there, releases[1])
+    use_is_whole(there, {"toy-1.0.0", "toy-1.1.0"})
+    assert "interrupted: the switch to toy-1.1.0" in next(iter(install.status(there)))
+    install.rollback(there)  # completes it, then goes back
+    assert {in_use(there, name) for name in DROP_INS} == {"toy-1.0.0"}
+
+
+MOUNTED = """
+set -e
+second="$1/$4/config.d"
+cp -r "$second" "$1/kept"
+mount -t tmpfs tmpfs "$second"
+cp "$1/kept/"* "$second"
+"$2" "$3/katagpu-install.pyz" install "$3" --prefix "$1" --unverified && exit 9
+cmp "$1/kept/"* "$second/"*
+"""
+
+
+@pytest.mark.root
+def test_a_drop_in_directory_that_is_a_mount_of_its_own(
+    there: Host, releases: list[Path],
+) -> None:
+    """As where a configuration is mounted into a node: no rename leads there."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount")
+    put(there, releases[0])
+    said = subprocess.run(
+        ["unshare", "-m", "sh", "-c", MOUNTED, "sh", there.prefix, sys.executable, releases[1],
+         list(DROP_INS.values())[1]], cwd=REPOSITORY, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert "cross-device" in said.stderr and "Traceback" not in said.stderr
+    assert {in_use(there, name) for name in DROP_INS} == {"toy-1.0.0"}
+    assert there.target("next") is None
+
+
 # kills
 
 
@@ -302,11 +382,13 @@ def test_install_killed_at_each_change(
 ) -> None:
     if old is not None:
         put(quick, releases[0])
+    apart = 0
     for number in range(1, 200):
         one = copies(quick, number)
         status = killed.run(number, "install", str(releases[2]), "--unverified", "--prefix",
                             str(one.prefix))
         use_is_whole(one, {old, "toy-1.2.0"})
+        apart += len({in_use(one, name) for name in DROP_INS}) > 1
         if status == 0:
             break
         assert status == -signal.SIGKILL
@@ -322,6 +404,7 @@ def test_install_killed_at_each_change(
             assert not [name for name in files(again) if ".part" in name or ".gone" in name]
             nothing_is_left(again)
     assert number > 30
+    assert apart == 1, "nothing but a rename is between the two runtimes"
 
 
 @pytest.mark.parametrize("command", ["rollback", "uninstall"])

@@ -48,6 +48,8 @@ def make_real(build):
         build.put_bytes("sizes", b"{}")
         build.put_bytes("files", filelist.render([]))
     else:
+        if name == "kernel":
+            build.compiler_cache("kernel", "of no compiler")
         make_plain(build)
         return
     build.facts["release"] = "6.1-toy"
@@ -192,3 +194,22 @@ def test_list_has_them(untouched: ToyRepository) -> None:
     out = untouched.run("list")[1]
     for name in ("release", "publish", "install", "uninstall"):
         assert f"\n{name} " in f"\n{out}"
+
+
+def test_what_went_through_ccache_is_compiled_again_for_a_release(toy: ToyRepository) -> None:
+    assert toy.run("build_image")[0] == 0
+    assert "kernel" in toy.made()
+    words = ["no_agent=1", "unsigned=1", "release"]
+    status, _, said = toy.run("version=1.0.0", *words)
+    assert status == 0, said
+    # The same bytes came out, so that nothing above the kernel was made again.
+    assert toy.made() == ["kernel"]
+    assert toy.run("version=1.0.1", *words)[0] == 0
+    assert toy.made() == []
+    # What reproduce made without ccache will do too.
+    shutil.rmtree(toy.store)
+    assert toy.run("build_image")[0] == 0
+    assert toy.run("reproduce")[0] == 0
+    toy.made()
+    assert toy.run("version=1.0.2", *words)[0] == 0
+    assert toy.made() == []
