@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from katagpu.errors import UserError
 from katagpu.host import (
     command,
     gpucheck,
     hostkernel,
-    katahost,
+    katafiles,
+    katalines,
     memory,
     pci,
     persist,
@@ -49,8 +50,7 @@ def verdicts(machine: Machine, given: argparse.Namespace) -> Iterator[Verdict]:
     yield from hostkernel.kernel(machine)
     yield from hostkernel.iommu(machine)
     yield from hostkernel.devices(machine)
-    yield from katahost.check(machine, large=any(gpu.large for gpu in gpus))
-    yield from memory.check(machine)
+    yield from _kata(machine, gpus)
     if not gpus:
         yield failed("gpus", "there is no NVIDIA GPU here", "lspci -nn -d 10de: shows them; is it "
                      "in its slot, powered, and given to this machine?")
@@ -62,3 +62,16 @@ def verdicts(machine: Machine, given: argparse.Namespace) -> Iterator[Verdict]:
     for gpu in gpus:
         yield from gpucheck.check(machine, gpu, meant=gpu.address in meant)
         yield support.check(gpu, facts[1] if facts else None)
+
+
+def _kata(machine: Machine, gpus: Sequence[pci.Function]) -> Iterator[Verdict]:
+    """Kata, and the memory that its guests are given."""
+    said = list(katalines.versions(machine, large=any(gpu.large for gpu in gpus)))
+    yield from said
+    seen: list[katafiles.Effective] = []
+    if all(verdict.state is State.PASS for verdict in said):
+        seen, files = katalines.read(machine)
+        yield from files
+        if seen and gpus:
+            yield from katalines.fits(machine)
+    yield from memory.check(machine, seen)

@@ -8,7 +8,6 @@ import os
 from katagpu.errors import UserError
 from katagpu.host import command, configure, containers, pci, smokeparts, snippets, vgputypes
 from katagpu.host.command import Answer, Commands
-from katagpu.host.configure import Goal
 from katagpu.host.containers import Job
 from katagpu.host.kataguest import Guest
 from katagpu.host.machine import Machine
@@ -45,7 +44,7 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
     node, ids = _device(machine, given.device)
     job = Job(name=f"katagpu-smoke-{os.getpid()}", image=given.image, device=node,
               script=smokeparts.SCRIPT, shim=snippets.program(machine, goal.target.shim),
-              config=_config(machine, goal), handler=snippets.name_of(goal))
+              config=configure.in_use(machine, goal.target).config, handler=snippets.name_of(goal))
     machine.agree(f"run a container with {node}, by {program}")
     steps = _steps(machine, program, job, guest, ids, given.timeout)
     if machine.dry_run:
@@ -56,12 +55,6 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
                   {"device": node, "program": program, "config": job.config, "notes": notes,
                    "steps": [{"name": step.name, "passed": step.passed, "said": step.said,
                               "reason": step.reason} for step in steps]}, fine)
-
-
-def _config(machine: Machine, goal: Goal) -> str:
-    """The configuration file: ours, where it is there."""
-    use = goal.effective if machine.exists(goal.path) else goal.target
-    return use.config
 
 
 def _steps(machine: Machine, program: str, job: Job, guest: Guest, ids: list[str],

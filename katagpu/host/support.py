@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from katagpu.errors import UserError
+from katagpu.host.kataguest import CURRENT
 from katagpu.host.machine import Machine
 from katagpu.host.pci import Function
 from katagpu.host.verdict import Verdict, failed, passed, warned
 
-CURRENT = "/opt/kata/share/kata-containers/katagpu/current"
 NAME = "driver-id"
 _RANGES = (
     (0x0FC0, 0x103F, "Kepler"), (0x1180, 0x12BF, "Kepler"), (0x1340, 0x1436, "Maxwell"),
