@@ -131,7 +131,8 @@ def _probe(machine: Machine, member: Function, wanted: str | None) -> None:
     if wanted is not None and got != wanted:
         raise UserError(f"{member} was not taken by {wanted}"
                         + (f", but by {got}" if got else ""),
-                        hint="dmesg | grep -i vfio says why; `host check` knows the usual causes")
+                        hint="dmesg | grep -i vfio says why; katagpu host check knows the usual "
+                             "causes")
 
 
 def _verify_bound(machine: Machine, members: Sequence[Function]) -> None:
@@ -144,8 +145,8 @@ def _verify_bound(machine: Machine, members: Sequence[Function]) -> None:
         node, end = vfio.group_node(group), time.monotonic() + SETTLES
         while not machine.exists(node):
             if time.monotonic() > end:
-                raise UserError(f"{node} did not appear", hint="is udev running, and the kernel's "
-                                "VFIO_GROUP on? `host check` looks at it")
+                raise UserError(f"{node} did not appear", hint="is udev running? katagpu host "
+                                "check looks at the rest")
             time.sleep(0.1)
 
 
@@ -154,7 +155,7 @@ def _verify_free(machine: Machine, members: Sequence[Function]) -> None:
         now = pci.read(machine, member.address)
         if now.driver == VFIO or now.override == VFIO:
             raise UserError(f"{member} is with vfio-pci still",
-                            hint="does a udev rule give it back? `host persist --remove`")
+                            hint="does a udev rule give it back? katagpu host persist --remove")
 
 
 def _named(members: Sequence[Function]) -> str:

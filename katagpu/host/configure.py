@@ -67,7 +67,7 @@ def options(made: argparse.ArgumentParser) -> None:
                       help="the runtime's name at kata-deploy (default: qemu-nvidia-gpu)")
     made.add_argument("--config", metavar="FILE", help="Kata's configuration file")
     made.add_argument("--kata-version", metavar="X.Y.Z", help="the release of Kata")
-    made.add_argument("--functions", type=int, metavar="N",
+    made.add_argument("--functions", type=command.positive, metavar="N",
                       help="how many PCI functions one sandbox gets (default: all GPUs' groups)")
     made.add_argument("--bar", choices=list(map(str, Bar)), help="how large the GPUs' BARs are")
     made.add_argument("--plug", choices=list(map(str, Plug)), default="cold",

@@ -85,22 +85,22 @@ def driver(machine: Machine, gpu: Function, *, meant: bool) -> Iterator[Verdict]
             yield passed("driver", f"vfio-pci, {' '.join(nodes)}", gpu.address)
         else:
             yield failed("driver", "vfio-pci, but there is no device node below /dev/vfio",
-                         "is udev running? host unbind, then host bind", gpu.address)
+                         "is udev running? katagpu host unbind, then katagpu host bind",
+                         gpu.address)
         return
     state = vfio.vgpu(machine, gpu)
     if gpu.driver == "nvidia" and state.interface is not None:
         yield passed("driver", f"nvidia, for vGPUs ({state.interface.value})", gpu.address)
         return
+    give = f"katagpu host bind {gpu.address}; katagpu host persist {gpu.address} for every boot"
     if gpu.driver is None:
         yield warned("driver", "none: it is given to no guest yet",
-                     f"host bind {gpu.address}; host persist {gpu.address} for every boot",
-                     gpu.address)
+                     give, gpu.address)
         return
     made = failed if meant else warned
-    cure = f"host bind {gpu.address}; host persist {gpu.address} for every boot"
     if gpu.driver == "nouveau":
-        cure += ", which keeps nouveau away too"
-    yield made("driver", f"{gpu.driver} has it, so no guest can", cure, gpu.address)
+        give += ", which keeps nouveau away too"
+    yield made("driver", f"{gpu.driver} has it, so no guest can", give, gpu.address)
 
 
 def reset(gpu: Function) -> Verdict:

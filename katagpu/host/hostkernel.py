@@ -72,7 +72,7 @@ def _mdev(machine: Machine, symbols: Mapping[str, str]) -> Iterator[Verdict]:
             yield passed("kernel", f"CONFIG_{name}={value}: vGPUs can be made through mdev")
         else:
             yield warned("kernel", f"CONFIG_{name} is not set: only vGPUs through mdev need it",
-                         None)
+                         f"for those: {OTHER_KERNEL}; for whole GPUs nothing")
     if len(names) == 1:
         yield passed("kernel", f"CONFIG_VFIO_MDEV_DEVICE: {release(machine)} has no such symbol, "
                                "nor needs it")
@@ -150,4 +150,5 @@ def devices(machine: Machine) -> Iterator[Verdict]:
         yield passed("vsock", "/dev/vhost-vsock is there")
     else:
         yield failed("vsock", "there is no /dev/vhost-vsock: Kata says \"host system doesn't "
-                     "support vsock\"", "modprobe vhost_vsock; `host persist` keeps it")
+                     "support vsock\"", "modprobe vhost_vsock; katagpu host persist has it loaded "
+                     "at every boot")

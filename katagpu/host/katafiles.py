@@ -107,8 +107,12 @@ def version(machine: Machine, shim: Shim) -> Version:
     return parse(found[0])
 
 
-def places(shim: Shim, handler: str, there: Version) -> Iterator[str]:
-    """Where a runtime's configuration file may be, the likeliest first."""
+def places(shim: Shim, named: str | None, there: Version) -> Iterator[str]:
+    """Where a runtime's configuration file may be, the likeliest first.
+
+    A runtime that is `named` is that one, or none.
+    """
+    handler = named or HANDLERS[shim]
     level = f"/{RUST}" if shim is Shim.RUST else ""
     for prefix in PREFIXES:
         base = f"{prefix}/{DEFAULTS}"
@@ -116,6 +120,8 @@ def places(shim: Shim, handler: str, there: Version) -> Iterator[str]:
             yield f"{base}{level}/runtimes/{handler}/configuration-{handler}.toml"
             yield f"{base}/custom-runtimes/{handler}/configuration-{handler}.toml"
         yield f"{base}{level}/configuration-{handler}.toml"
+    if named:
+        return
     yield f"/etc/kata-containers{level}/configuration.toml"
     for prefix in PREFIXES:
         for name in ("configuration.toml", "configuration-qemu.toml"):
@@ -141,14 +147,16 @@ def targets(machine: Machine, *, shim: Shim | None = None, config: str | None = 
         except UserError as failure:
             last = failure
             continue
-        for path in places(kind, handler or HANDLERS[kind], there):
+        for path in places(kind, handler, there):
             if machine.exists(path):
                 found.append(Target(kind, there, machine.real(path)))
                 break
     if not found:
         raise last or UserError(
+            f"Kata has no runtime {handler} on this host" if handler else
             "Kata has no configuration file on this host",
-            hint="install Kata, or say --config FILE")
+            hint="--config FILE names its configuration" if handler else
+            "install Kata, or say --config FILE")
     return found
 
 

@@ -165,11 +165,14 @@ def _hints(machine: Machine, after: Kept) -> list[str]:
             break
     there = bootline.options(machine)
     lacking = [word for word in bootline.wanted(machine) if word not in there]
-    if after and lacking and not machine.names("/sys/kernel/iommu_groups"):
-        found.append(f"the IOMMU is off: {bootline.how(machine, lacking)}")
-    if after:
-        found.append("now, without a reboot: host bind " + " ".join(
+    on = bool(machine.names("/sys/kernel/iommu_groups"))
+    if after and not on:
+        found.append(f"the IOMMU is off: {bootline.how(machine, lacking)}" if lacking else
+                     groups.IOMMU_OFF)
+    if after and on:
+        found.append("now, without a reboot: katagpu host bind " + " ".join(
             address for address, facts in sorted(after.items()) if facts[1][:2] == "03"))
-    elif machine.names("/sys/bus/pci/drivers/vfio-pci"):
-        found.append("what is bound to vfio-pci stays so until it is given back (host unbind)")
+    if not after and machine.names("/sys/bus/pci/drivers/vfio-pci"):
+        found.append("what is bound to vfio-pci stays so until it is given back (katagpu host "
+                     "unbind)")
     return found

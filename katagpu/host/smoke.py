@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
                       help="what runs the container (default: the first that is here)")
     made.add_argument("--image", default=snippets.IMAGE,
                       help=f"the container's image (default: {snippets.IMAGE})")
-    made.add_argument("--timeout", type=int, default=TIMEOUT, metavar="S",
+    made.add_argument("--timeout", type=command.positive, default=TIMEOUT, metavar="S",
                       help=f"seconds until the container has ended (default: {TIMEOUT})")
 
 
@@ -65,7 +65,7 @@ def _steps(machine: Machine, program: str, job: Job, guest: Guest, ids: list[str
     except TooLong as failure:
         return [Step(name, False, failure.what,
                      "the guest started no container in that time: journalctl -t kata; "
-                     "create_container_timeout (host configure --check)")]
+                     "create_container_timeout (katagpu host configure --check)")]
     if machine.dry_run:
         return []
     if smokeparts.MARK not in said.out:

@@ -155,8 +155,9 @@ def devices(machine: Machine) -> dict[str, str]:
             continue
         kind = machine.text(f"{function.path}/nvidia/current_vgpu_type")
         if function.driver == "vfio-pci" or (function.parent and kind not in (None, "0")):
-            found[f"/dev/vfio/{function.group}"] = (
-                str(function) + (f", vGPU type {kind}" if kind not in (None, "0") else ""))
+            node = f"/dev/vfio/{function.group}"
+            said = str(function) + (f", vGPU type {kind}" if kind not in (None, "0") else "")
+            found[node] = f"{found[node]}, and {said}" if node in found else said
     for uuid in machine.names(MDEVS):
         group = machine.link(f"{MDEVS}/{uuid}/iommu_group")
         if group:

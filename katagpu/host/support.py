@@ -72,7 +72,7 @@ def check(gpu: Function, facts: Mapping[str, Any] | None) -> Verdict:
         return failed(NAME, "the guest has no driver", "build one with `driver:` in the recipe",
                       gpu.address)
     flavour, version = str(driver.get("kernel_module")), str(driver.get("version"))
-    title = f"{version} ({flavour})"
+    title = f"{version} ({flavour})" if driver.get("kernel_module") else version
     kind = generation(gpu.device)
     problem = _problem(kind, flavour, version) if kind else None
     if problem:
