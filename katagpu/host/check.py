@@ -16,6 +16,7 @@ from katagpu.host import (
     pci,
     persist,
     support,
+    vfio,
 )
 from katagpu.host.command import Answer, Commands
 from katagpu.host.machine import Machine
@@ -47,7 +48,7 @@ def verdicts(machine: Machine, given: argparse.Namespace) -> Iterator[Verdict]:
     """Everything about the host, then about each GPU. Raises `UserError` for a bad argument."""
     gpus = [pci.resolve(machine, text) for text in given.bdf] or pci.gpus(machine)
     facts = support.manifest(machine, given.manifest)
-    yield from hostkernel.kernel(machine)
+    yield from hostkernel.kernel(machine, grace=any(gpu.ids in vfio.GRACE_IDS for gpu in gpus))
     yield from hostkernel.iommu(machine)
     yield from hostkernel.devices(machine)
     yield from _kata(machine, gpus)

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from katagpu.errors import UserError
-from katagpu.host import command, configure, containers, pci, smokeparts, snippets, vgputypes
+from katagpu.host import command, configure, containers, pci, smokeparts, snippets, vfio, vgputypes
 from katagpu.host.command import Answer, Commands
 from katagpu.host.containers import Job
 from katagpu.host.kataguest import Guest
@@ -92,7 +92,7 @@ def _device(machine: Machine, text: str | None) -> tuple[str, list[str]]:
         node = f"/dev/vfio/{machine.link(f'{MDEVS}/{text}/iommu_group')}"
     else:
         function = pci.resolve(machine, text)
-        node = f"/dev/vfio/{function.group}"
+        node = vfio.node(machine, function) or "/dev/vfio/"
         if node not in ready:
             raise UserError(f"{function} is bound to {function.driver or 'no driver'}",
                             hint=f"katagpu host bind {function.address}")
@@ -104,8 +104,8 @@ def _device(machine: Machine, text: str | None) -> tuple[str, list[str]]:
 
 def _ids(machine: Machine, node: str) -> list[str]:
     """The ids of the GPUs that a guest sees through a node."""
-    group = node.rpartition("/")[2]
-    found = [one.ids for one in pci.members(machine, group) if one.gpu]
+    found = [one.ids for one in pci.functions(machine)
+             if one.gpu and node in vfio.nodes(machine, one)]
     for gpu in [] if found else pci.gpus(machine):
         # A vGPU by mdev has its card's vendor and device.
         if any(one.node == node for one in vgputypes.made(machine, gpu)):

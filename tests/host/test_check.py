@@ -166,6 +166,63 @@ def test_vfio_without_an_iommu_is_no_cure(host: Make) -> None:
     assert any("enable_unsafe_noiommu_mode" in said for _, said, _ in of(here, "iommu"))
 
 
+REMAPPED = " 126:   0   730  IR-PCI-MSI-0000:17:00.0   0-edge   pciehp\n"
+PLAIN = " 126:   0   730  PCI-MSI 524288-edge   pciehp\n"
+
+
+@pytest.mark.parametrize(("cmdline", "interrupts", "unsafe", "state", "said"), [
+    ("intel_iommu=on", REMAPPED, None, "pass", "interrupts are remapped"),
+    ("intel_iommu=on", REMAPPED, "Y", "pass", "interrupts are remapped"),
+    ("intel_iommu=on intremap=off", PLAIN, None, "fail", "intremap=off is on"),
+    ("intel_iommu=on", PLAIN, "N", "fail", "interrupts are not remapped"),
+    ("intel_iommu=on", PLAIN, "Y", "warn", "vfio_iommu_type1.allow_unsafe_interrupts is on"),
+    ("intel_iommu=on", "", None, "warn", "whether interrupts are remapped cannot be told")])
+def test_interrupt_remapping(host: Make, cmdline: str, interrupts: str, unsafe: str | None,
+                             state: str, said: str) -> None:
+    here = host(hosttree.t4)
+    here.tree.file("proc/cmdline", cmdline)
+    here.tree.file("proc/interrupts", interrupts)
+    if unsafe:
+        here.tree.file("sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts", unsafe)
+    found = one(here, "remapping")
+    assert (found[0], said in found[1], bool(found[2])) == (state, True, state != "pass")
+
+
+def test_no_line_about_remapping_where_there_is_no_iommu_or_no_need(host: Make) -> None:
+    assert of(host(hosttree.no_iommu), "remapping") == []
+    assert of(host(lambda root: hosttree.gh200(root.with_name("arm"))), "remapping") == []
+
+
+@pytest.mark.parametrize(("more", "state", "said"), [
+    ("CONFIG_VFIO_DEVICE_CDEV=y\nCONFIG_IOMMUFD=m\n", "warn", "but /dev/vfio/devices/vfioN"),
+    ("CONFIG_VFIO_DEVICE_CDEV=y\n", "fail", "nor /dev/vfio/devices/vfioN")])
+def test_a_kernel_without_groups(host: Make, more: str, state: str, said: str) -> None:
+    found = of(host(with_config(f"CONFIG_VFIO=m\nCONFIG_VFIO_PCI=m\n{more}", "6.12.1")), "kernel")
+    assert any(line[0] == state and said in line[1] and line[2] for line in found), found
+    assert not any("IOMMU_TYPE1" in line[1] for line in found)
+
+
+def test_the_gpu_of_a_grace_superchip(host: Make) -> None:
+    here = host(hosttree.gh200)
+    assert ("pass", "CONFIG_NVGRACE_GPU_VFIO_PCI=m", "") in [
+        (state, said.partition(" ")[0], cure) for state, said, cure in of(here, "kernel")]
+    assert here("bind", "9:01:00.0", "--yes").status == 1  # no such address
+    assert here("bind", "0009:01:00.0", "--yes").status == 0
+    assert one(here, "driver")[1].startswith("nvgrace_gpu_vfio_pci, /dev/vfio/17")
+    assert here("persist", "0009:01:00.0", "--yes").status == 0
+    assert "nvgrace_gpu_vfio_pci" in katatree.read(here.tree, "/etc/modules-load.d/"
+                                                              "katagpu-vfio.conf")
+    assert here("unbind", "0009:01:00.0", "--yes").status == 0
+    assert here.tree.bound("0009:01:00.0") == "nvidia"
+    tree = hosttree.gh200(here.tree.root.with_name("wrong"))
+    (tree.paths["0009:01:00.0"] / "driver").unlink()
+    tree.link(tree.paths["0009:01:00.0"] / "driver", tree.driver("vfio-pci"))
+    here.tree = tree
+    state, said, cure = one(here, "driver")
+    assert (state, "wants nvgrace_gpu_vfio_pci" in said) == ("fail", True)
+    assert cure == "katagpu host bind 0009:01:00.0"
+
+
 def test_groups(host: Make) -> None:
     here = host(ready(hosttree.switch))
     state, said, _ = one(here, "group", "0000:18:00.0")
