@@ -47,7 +47,13 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
 def verdicts(machine: Machine, given: argparse.Namespace) -> Iterator[Verdict]:
     """Everything about the host, then about each GPU. Raises `UserError` for a bad argument."""
     gpus = [pci.resolve(machine, text) for text in given.bdf] or pci.gpus(machine)
-    facts = support.manifest(machine, given.manifest)
+    facts = None
+    try:
+        facts = support.manifest(machine, given.manifest)
+    except UserError as failure:
+        if given.manifest:
+            raise
+        yield failed("guest", failure.what, failure.hint or "install the release again")
     yield from hostkernel.kernel(machine, grace=any(gpu.ids in vfio.GRACE_IDS for gpu in gpus))
     yield from hostkernel.iommu(machine)
     yield from hostkernel.devices(machine)

@@ -70,7 +70,8 @@ def _steps(machine: Machine, program: str, job: Job, guest: Guest, ids: list[str
         return []
     if smokeparts.MARK not in said.out:
         text = said.err + said.out
-        return [Step(name, False, f"`{program}` failed with status {said.status}: {said.said}",
+        return [Step(name, False, f"`{program}` ended with status {said.status}: "
+                     f"{said.said or 'it said nothing'}",
                      smokeparts.why(text) or "journalctl -t kata has Kata's and the guest's "
                                              "messages")]
     release = guest.manifest.get("kernel_release")

@@ -58,7 +58,9 @@ def manifest(machine: Machine, given: str | None) -> tuple[str, dict[str, Any]] 
         found = json.loads(data)
         found["kernel_release"], found["driver"]
     except (ValueError, KeyError, TypeError) as wrong:
-        raise UserError(f"{place} is no manifest of a guest: {wrong}") from None
+        raise UserError(f"{place} is no manifest of a guest: {wrong}", hint=(
+            "--manifest names the manifest.json of a build or a release" if given else
+            "install the release again (katagpu-install.pyz)")) from None
     return place, found
 
 

@@ -338,6 +338,16 @@ def test_no_guest_is_named(host: Make) -> None:
     assert one(host(hosttree.a30), "driver-id")[0] == "warn"
 
 
+def test_a_guest_that_is_damaged_does_not_stop_it(host: Make) -> None:
+    here = host(ready(hosttree.a30))
+    here.tree.file(f"{kataguest.CURRENT}/manifest-1.0.0.json", "{")
+    state, said, cure = one(here, "guest")
+    assert (state, "manifest-1.0.0.json is no manifest" in said) == ("fail", True)
+    assert "install the release again" in cure
+    assert one(here, "kata-guest")[0] == "fail"
+    assert one(here, "group")[0] == "pass"
+
+
 def test_a_guest_that_is_named(host: Make, tmp_path: Path) -> None:
     here = host(hosttree.a30)
     here.tree.file("tmp/manifest.json", json.dumps({"kernel_release": "6", "driver": None}))
