@@ -72,8 +72,8 @@ def _iommufd(symbols: Mapping[str, str]) -> Verdict:
     said = "CONFIG_VFIO_GROUP is not set: there are no /dev/vfio/N"
     if symbols.get("VFIO_DEVICE_CDEV") == "y" and symbols.get("IOMMUFD") in ("y", "m"):
         return warned("kernel", f"{said}, but /dev/vfio/devices/vfioN (iommufd)",
-                      "nothing with Kata 3.14 or newer, which takes those; with an older one boot "
-                      "a kernel that has VFIO_GROUP")
+                      "nothing with Kata 3.15 or newer (runtime-rs: 3.31), which takes those; with "
+                      "an older one boot a kernel that has VFIO_GROUP")
     return failed("kernel", f"{said}, nor /dev/vfio/devices/vfioN (VFIO_DEVICE_CDEV, IOMMUFD)",
                   OTHER_KERNEL)
 
