@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["host"]:
         from katagpu.host import cli
 
-        return cli.main(argv[1:])
+        return cli.main(argv[1:], prog="./doitw host")
     said = receipt.nothing_to_do(ROOT, argv, DEFAULT)
     if said is None:
         from katagpu import commands

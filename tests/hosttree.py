@@ -27,9 +27,16 @@ CONFIG_INTEL_IOMMU=y
 # CONFIG_INTEL_IOMMU_DEFAULT_ON is not set
 CONFIG_AMD_IOMMU=y
 """
+INTERRUPTS = """\
+           CPU0       CPU1
+   9:          0          5  IR-IO-APIC    9-fasteoi   acpi
+ 126:          0        730  IR-PCI-MSI-0000:17:00.0    0-edge      pciehp
+"""
 GPU, AUDIO, USB, BRIDGE, NIC = "030200", "040300", "0c0330", "060400", "020000"
 MATCHES = {"nvidia": ("10de", "03"), "nouveau": ("10de", "03"), "snd_hda_intel": ("", "0403"),
            "xhci_hcd": ("", "0c03"), "ixgbe": ("8086", "0200")}
+
+VFIO = ("vfio-pci", "nvgrace_gpu_vfio_pci")
 
 MODPROBE = """\
 d=$KATAGPU_HOST_ROOT/sys/bus/pci/drivers
@@ -79,6 +86,7 @@ class Tree:
         if config is not None:
             self.file(f"boot/config-{release}", config)
         if iommu:
+            self.file("proc/interrupts", INTERRUPTS)
             (root / "sys/class/iommu" / iommu).mkdir()
 
     def file(self, name: str, text: str | bytes) -> Path:
@@ -256,12 +264,12 @@ class Kernel:
         if self.tree.bound(address) != driver:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         (path / "driver").unlink()
-        if driver == "vfio-pci":
+        if driver in VFIO:
             for entry in (path / "vfio-dev").iterdir():
                 (self.tree.root / "dev/vfio/devices" / entry.name).unlink()
             shutil.rmtree(path / "vfio-dev")
             group = (path / "iommu_group").resolve()
-            if not any(self.tree.bound(entry.name) == "vfio-pci"
+            if not any(self.tree.bound(entry.name) in VFIO
                        for entry in (group / "devices").iterdir()):
                 (self.tree.root / "dev/vfio" / group.name).unlink(missing_ok=True)
 
@@ -281,7 +289,7 @@ class Kernel:
         if (driver, address) in self.unwilling:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self.tree.link(path / "driver", self.tree.root / "sys/bus/pci/drivers" / driver)
-        if driver == "vfio-pci":
+        if driver in VFIO:
             group, name = (path / "iommu_group").resolve().name, f"vfio{int(address[5:7], 16)}"
             (path / "vfio-dev" / f"{name}{address[-1]}").mkdir(parents=True)
             if self.nodes:
@@ -367,6 +375,16 @@ def switch(root: Path) -> Tree:
         tree.file(f"proc/driver/nvidia/gpus/{address}/information", f"Device Minor: \t {number}\n")
     tree.add(Device("0000:18:00.1", "10de:1aef", AUDIO, driver="snd_hda_intel", group=7,
                     above="0000:17:00.0", bars=[(0, 0xE8000000, 16 << 10, PLAIN)]))
+    return tree
+
+
+def gh200(root: Path) -> Tree:
+    """A Grace Hopper superchip: an Arm host, whose GPU has a VFIO driver of its own."""
+    tree = Tree(root, vendor="", iommu="smmu3.0x0000000011000000", config=(
+        f"{CONFIG}CONFIG_NVGRACE_GPU_VFIO_PCI=m\n"))
+    tree.add(Device("0009:01:00.0", "10de:2342", driver="nvidia", group=17,
+                    bars=bars(0x661000000000, 128 * GIB)))
+    tree.file("proc/driver/nvidia/gpus/0009:01:00.0/information", "Device Minor: \t 0\n")
     return tree
 
 

@@ -1,5 +1,7 @@
 """`host bind`, `host unbind`: give GPUs to vfio-pci with their whole IOMMU groups, and back.
 
+GPUs of Grace superchips go to a driver of their own (`vfio.driver`).
+
 driver_override, unbind and drivers_probe: the kernel's Documentation/ABI/testing/sysfs-bus-pci.
 """
 
@@ -16,8 +18,8 @@ from katagpu.host.changes import Change, Run, Write
 from katagpu.host.command import Answer, Commands
 from katagpu.host.machine import Machine
 from katagpu.host.pci import DRIVERS, Function
+from katagpu.host.vfio import GRACE
 
-VFIO = "vfio-pci"
 PROBE = "/sys/bus/pci/drivers_probe"
 SETTLES = 5.0  # seconds that udev may take to make /dev/vfio/N
 
@@ -39,18 +41,19 @@ def bind(machine: Machine, given: argparse.Namespace) -> Answer:
     """Bind them. Raises `UserError`; then all is as before."""
     wanted = [groups.whole(pci.resolve(machine, text)) for text in given.bdf]
     found = groups.members(machine, wanted)
-    todo = [member for member in found if member.driver != VFIO]
+    todo = [member for member in found if member.driver != vfio.driver(member.ids)]
+    drivers = sorted({vfio.driver(member.ids) for member in found})
     if not todo:
-        return _answer(machine, found, {}, "bound to vfio-pci already")
+        return _answer(machine, found, {}, f"bound to {' and '.join(drivers)} already")
     groups.no_strangers(todo, force=given.force)
     _unused(machine, todo, force=given.force)
     for member in todo:
         if machine.text(f"{member.path}/boot_vga") == "1":
             log.warn(f"{member} is this host's console: the screen will stay as it is")
-    machine.agree(f"give {_named(todo)} to vfio-pci")
+    machine.agree(f"give {_named(todo)} to {' and '.join(drivers)}")
     with machine.together():
-        if not machine.exists(f"{DRIVERS}/{VFIO}"):
-            machine.run(["modprobe", VFIO], undo=[Run(("modprobe", "-r", VFIO))])
+        for driver in drivers:
+            _load(machine, driver)
         for member in todo:
             _give(machine, member)
         if not machine.dry_run:
@@ -63,7 +66,8 @@ def unbind(machine: Machine, given: argparse.Namespace) -> Answer:
     """Give them back. Raises `UserError`; then all is as before."""
     wanted = [pci.resolve(machine, text) for text in given.bdf]
     found = groups.members(machine, wanted)
-    todo = [member for member in found if member.driver == VFIO or member.override == VFIO]
+    todo = [member for member in found
+            if member.driver in vfio.DRIVERS or member.override in vfio.DRIVERS]
     if not todo:
         return _answer(machine, found, {}, "not bound to vfio-pci")
     _unused(machine, todo, force=given.force)
@@ -81,6 +85,18 @@ def unbind(machine: Machine, given: argparse.Namespace) -> Answer:
                 log.note(f"{member.address} has no driver now: none that is loaded takes it "
                          f"(modprobe nvidia?)")
     return answer
+
+
+def _load(machine: Machine, driver: str) -> None:
+    if machine.exists(f"{DRIVERS}/{driver}"):
+        return
+    try:
+        machine.run(["modprobe", driver], undo=[Run(("modprobe", "-r", driver))])
+    except UserError as failure:
+        if driver == GRACE and failure.hint is None:
+            failure.hint = ("the GPU of a Grace superchip wants this driver, which Linux 6.9 has "
+                            "(CONFIG_NVGRACE_GPU_VFIO_PCI)")
+        raise
 
 
 def _unused(machine: Machine, members: Sequence[Function], *, force: bool) -> None:
@@ -103,11 +119,12 @@ def _unused(machine: Machine, members: Sequence[Function], *, force: bool) -> No
 def _give(machine: Machine, member: Function) -> None:
     """One function to vfio-pci."""
     override = Write(f"{member.path}/driver_override", f"{member.override or ''}\n")
-    machine.write(override.path, VFIO, undo=[override])
+    wanted = vfio.driver(member.ids)
+    machine.write(override.path, wanted, undo=[override])
     if member.driver:
         machine.write(f"{DRIVERS}/{member.driver}/unbind", member.address,
                       undo=[override, Write(f"{DRIVERS}/{member.driver}/bind", member.address)])
-    _probe(machine, member, VFIO)
+    _probe(machine, member, wanted)
 
 
 def _take(machine: Machine, member: Function) -> None:
@@ -131,30 +148,31 @@ def _probe(machine: Machine, member: Function, wanted: str | None) -> None:
     if wanted is not None and got != wanted:
         raise UserError(f"{member} was not taken by {wanted}"
                         + (f", but by {got}" if got else ""),
-                        hint="dmesg | grep -i vfio says why; `host check` knows the usual causes")
+                        hint="dmesg | grep -i vfio says why; katagpu host check knows the usual "
+                             "causes")
 
 
 def _verify_bound(machine: Machine, members: Sequence[Function]) -> None:
-    """Every function has vfio-pci, and every group its device node."""
+    """Every function has its driver, and a device node: its group's, or its own."""
     for member in members:
-        if pci.read(machine, member.address).driver != VFIO:
-            raise UserError(f"{member} lost vfio-pci again",
+        if pci.read(machine, member.address).driver != vfio.driver(member.ids):
+            raise UserError(f"{member} lost {vfio.driver(member.ids)} again",
                             hint="what else binds drivers on this host?")
-    for group in {member.group for member in members if member.group}:
-        node, end = vfio.group_node(group), time.monotonic() + SETTLES
-        while not machine.exists(node):
+    end = time.monotonic() + SETTLES
+    for member in members:
+        while not machine.exists(node := vfio.node(machine, member) or ""):
             if time.monotonic() > end:
-                raise UserError(f"{node} did not appear", hint="is udev running, and the kernel's "
-                                "VFIO_GROUP on? `host check` looks at it")
+                raise UserError(f"{node} did not appear", hint="is udev running? katagpu host "
+                                "check looks at the rest")
             time.sleep(0.1)
 
 
 def _verify_free(machine: Machine, members: Sequence[Function]) -> None:
     for member in members:
         now = pci.read(machine, member.address)
-        if now.driver == VFIO or now.override == VFIO:
-            raise UserError(f"{member} is with vfio-pci still",
-                            hint="does a udev rule give it back? `host persist --remove`")
+        if now.driver in vfio.DRIVERS or now.override in vfio.DRIVERS:
+            raise UserError(f"{member} is with {now.driver or now.override} still",
+                            hint="does a udev rule give it back? katagpu host persist --remove")
 
 
 def _named(members: Sequence[Function]) -> str:

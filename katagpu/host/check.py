@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from katagpu.errors import UserError
 from katagpu.host import (
     command,
     gpucheck,
     hostkernel,
-    katahost,
+    katafiles,
+    katalines,
     memory,
     pci,
     persist,
     support,
+    vfio,
 )
 from katagpu.host.command import Answer, Commands
 from katagpu.host.machine import Machine
@@ -45,12 +47,17 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
 def verdicts(machine: Machine, given: argparse.Namespace) -> Iterator[Verdict]:
     """Everything about the host, then about each GPU. Raises `UserError` for a bad argument."""
     gpus = [pci.resolve(machine, text) for text in given.bdf] or pci.gpus(machine)
-    facts = support.manifest(machine, given.manifest)
-    yield from hostkernel.kernel(machine)
+    facts = None
+    try:
+        facts = support.manifest(machine, given.manifest)
+    except UserError as failure:
+        if given.manifest:
+            raise
+        yield failed("guest", failure.what, failure.hint or "install the release again")
+    yield from hostkernel.kernel(machine, grace=any(gpu.ids in vfio.GRACE_IDS for gpu in gpus))
     yield from hostkernel.iommu(machine)
     yield from hostkernel.devices(machine)
-    yield from katahost.check(machine, large=any(gpu.large for gpu in gpus))
-    yield from memory.check(machine)
+    yield from _kata(machine, gpus)
     if not gpus:
         yield failed("gpus", "there is no NVIDIA GPU here", "lspci -nn -d 10de: shows them; is it "
                      "in its slot, powered, and given to this machine?")
@@ -62,3 +69,16 @@ def verdicts(machine: Machine, given: argparse.Namespace) -> Iterator[Verdict]:
     for gpu in gpus:
         yield from gpucheck.check(machine, gpu, meant=gpu.address in meant)
         yield support.check(gpu, facts[1] if facts else None)
+
+
+def _kata(machine: Machine, gpus: Sequence[pci.Function]) -> Iterator[Verdict]:
+    """Kata, and the memory that its guests are given."""
+    said = list(katalines.versions(machine, large=any(gpu.large for gpu in gpus)))
+    yield from said
+    seen: list[katafiles.Effective] = []
+    if all(verdict.state is State.PASS for verdict in said):
+        seen, files = katalines.read(machine)
+        yield from files
+        if seen and gpus:
+            yield from katalines.fits(machine)
+    yield from memory.check(machine, seen)

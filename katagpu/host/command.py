@@ -52,6 +52,13 @@ def family(commands: Commands, name: str, text: str) -> Commands:
     return made.add_subparsers(dest="verb", metavar="VERB", required=True)
 
 
+def positive(text: str) -> int:
+    """A number of things, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table whose columns are as wide as they have to be."""
     width = [max(map(len, column)) for column in zip(head, *rows)]  # noqa: B905 (Python 3.9)

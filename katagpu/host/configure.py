@@ -67,7 +67,7 @@ def options(made: argparse.ArgumentParser) -> None:
                       help="the runtime's name at kata-deploy (default: qemu-nvidia-gpu)")
     made.add_argument("--config", metavar="FILE", help="Kata's configuration file")
     made.add_argument("--kata-version", metavar="X.Y.Z", help="the release of Kata")
-    made.add_argument("--functions", type=int, metavar="N",
+    made.add_argument("--functions", type=command.positive, metavar="N",
                       help="how many PCI functions one sandbox gets (default: all GPUs' groups)")
     made.add_argument("--bar", choices=list(map(str, Bar)), help="how large the GPUs' BARs are")
     made.add_argument("--plug", choices=list(map(str, Plug)), default="cold",
@@ -118,11 +118,29 @@ def plan(machine: Machine, given: argparse.Namespace) -> tuple[Guest, list[Goal]
     for target in _targets(machine, given, given.kata_version):
         settings = guest.on(target, functions=functions, bar=bar, plug=plug, port=port)
         notes += [f"{target.shim}: {line}" for line in kataconfig.losses(settings)]
-        own = not (reads_drop_ins(target.shim, target.version) and _alone(machine, target))
-        name = "configuration.toml" if target.shim is Shim.GO else "configuration-runtime-rs.toml"
-        goals.append(Goal(target, settings, f"{OWN}/{name}" if own else
-                          f"{target.drop_ins}/{DROP_IN}", own))
+        goals.append(Goal(target, settings, *_place(machine, target)))
     return guest, goals, notes
+
+
+def _place(machine: Machine, target: Target) -> tuple[str, bool]:
+    """The file of ours for a runtime; is it a whole configuration, and no drop-in?"""
+    if reads_drop_ins(target.shim, target.version) and _alone(machine, target):
+        return f"{target.drop_ins}/{DROP_IN}", False
+    name = "configuration.toml" if target.shim is Shim.GO else "configuration-runtime-rs.toml"
+    return f"{OWN}/{name}", True
+
+
+def in_use(machine: Machine, target: Target) -> Target:
+    """A runtime with the configuration that it reads: ours, where that is there."""
+    path, own = _place(machine, target)
+    return replace(target, config=path) if own and machine.exists(path) else target
+
+
+def defaults() -> argparse.Namespace:
+    """What `options` gives where none is said."""
+    empty = argparse.ArgumentParser()
+    options(empty)
+    return empty.parse_args([])
 
 
 def _targets(machine: Machine, given: argparse.Namespace, version: str | None) -> list[Target]:
@@ -191,8 +209,8 @@ def _must_be_ours(machine: Machine, path: str) -> None:
 def _checked(machine: Machine, guest: Guest, goals: list[Goal], notes: list[str]) -> Answer:
     lines, data, fine = [], [], True
     for goal in goals:
-        use = goal.effective if machine.exists(goal.path) else goal.target
-        found = [*katacheck.differences(machine, use, goal.settings), *_stale(machine, goal)]
+        use = in_use(machine, goal.target)
+        found = differences(machine, goal)
         lines.append(f"{'ok' if not found else 'differs'}: {use.config}, Kata {use.version} "
                      f"({use.shim}), guest {guest.name}")
         for difference in found:
@@ -203,6 +221,12 @@ def _checked(machine: Machine, guest: Guest, goals: list[Goal], notes: list[str]
         fine = fine and not found
     return Answer([*lines, *(f"note: {note}" for note in notes)],
                   _data(guest, goals, notes, data), fine)
+
+
+def differences(machine: Machine, goal: Goal) -> list[katacheck.Difference]:
+    """What a runtime sees that is not what the guest needs. Raises `UserError` for bad files."""
+    use = in_use(machine, goal.target)
+    return [*katacheck.differences(machine, use, goal.settings), *_stale(machine, goal)]
 
 
 def _stale(machine: Machine, goal: Goal) -> Iterator[katacheck.Difference]:

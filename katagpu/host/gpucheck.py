@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from katagpu.host import groups, pci, vfio
-from katagpu.host.bind import VFIO
 from katagpu.host.machine import Machine
 from katagpu.host.pci import NVIDIA, Function
 from katagpu.host.verdict import Verdict, failed, passed, warned
+from katagpu.host.vfio import DRIVERS
 
 ABOVE_4G = ('in the firmware\'s setup turn on "Above 4G Decoding" (also: "Memory Mapped I/O above '
             '4GB", "Memory Hole for PCI MMIO"), with a window that is large enough; else boot with '
@@ -58,7 +58,7 @@ def group(machine: Machine, gpu: Function) -> Iterator[Verdict]:
     nvidia = [member for member in others if member.vendor == NVIDIA and member not in own]
     foreign = [member for member in others if member.vendor != NVIDIA and member not in own]
     if foreign:
-        used = [member for member in foreign if member.driver not in (None, VFIO)]
+        used = [member for member in foreign if member.driver not in (None, *DRIVERS)]
         said = f"group {gpu.group} has {', '.join(map(str, foreign))} too"
         cure = "another slot, or ACS on in the firmware's setup; the whole group goes to one guest"
         yield failed("group", said, cure, gpu.address) if used else \
@@ -73,34 +73,38 @@ def group(machine: Machine, gpu: Function) -> Iterator[Verdict]:
 
 
 def driver(machine: Machine, gpu: Function, *, meant: bool) -> Iterator[Verdict]:
-    """vfio-pci has it, and its device node is there."""
+    """vfio-pci, or Grace's own driver, has it, and its device node is there."""
     if machine.text(f"{gpu.path}/boot_vga") == "1":
         yield warned("console", "the firmware's console is on it, and may hold its BARs",
                      "another card as the first display in the firmware's setup; else "
                      "video=efifb:off (initcall_blacklist=sysfb_init) on the command line",
                      gpu.address)
-    if gpu.driver == VFIO:
+    if gpu.driver in DRIVERS:
         nodes = vfio.nodes(machine, gpu)
-        if nodes:
-            yield passed("driver", f"vfio-pci, {' '.join(nodes)}", gpu.address)
+        if gpu.driver != vfio.driver(gpu.ids):
+            yield failed("driver", f"{gpu.driver} has it: the GPU of a Grace superchip (GH200, "
+                         f"GB200) wants {vfio.driver(gpu.ids)}, else a guest sees none of its "
+                         "memory", f"katagpu host bind {gpu.address}", gpu.address)
+        elif nodes:
+            yield passed("driver", f"{gpu.driver}, {' '.join(nodes)}", gpu.address)
         else:
-            yield failed("driver", "vfio-pci, but there is no device node below /dev/vfio",
-                         "is udev running? host unbind, then host bind", gpu.address)
+            yield failed("driver", f"{gpu.driver}, but there is no device node below /dev/vfio",
+                         "is udev running? katagpu host unbind, then katagpu host bind",
+                         gpu.address)
         return
     state = vfio.vgpu(machine, gpu)
     if gpu.driver == "nvidia" and state.interface is not None:
         yield passed("driver", f"nvidia, for vGPUs ({state.interface.value})", gpu.address)
         return
+    give = f"katagpu host bind {gpu.address}; katagpu host persist {gpu.address} for every boot"
     if gpu.driver is None:
         yield warned("driver", "none: it is given to no guest yet",
-                     f"host bind {gpu.address}; host persist {gpu.address} for every boot",
-                     gpu.address)
+                     give, gpu.address)
         return
     made = failed if meant else warned
-    cure = f"host bind {gpu.address}; host persist {gpu.address} for every boot"
     if gpu.driver == "nouveau":
-        cure += ", which keeps nouveau away too"
-    yield made("driver", f"{gpu.driver} has it, so no guest can", cure, gpu.address)
+        give += ", which keeps nouveau away too"
+    yield made("driver", f"{gpu.driver} has it, so no guest can", give, gpu.address)
 
 
 def reset(gpu: Function) -> Verdict:

@@ -107,6 +107,7 @@ def _notes(entry: dict[str, Any]) -> list[str]:
     """What a column has no room for."""
     lines = []
     if any(not bar["assigned"] for bar in entry["bars"]):
-        lines.append(f"  {entry['bdf']}: ! is a BAR without an address: `host check` says more")
+        lines.append(f"  {entry['bdf']}: ! is a BAR without an address: katagpu host check says "
+                     "more")
     lines += [f"  {entry['bdf']}: vGPU {made}" for made in entry["vgpu"]["made"]]
     return lines

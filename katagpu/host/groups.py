@@ -14,7 +14,7 @@ from katagpu.host import pci
 from katagpu.host.machine import Machine
 from katagpu.host.pci import NVIDIA, Function
 
-IOMMU_OFF = "the IOMMU is off: `host check` says how it is turned on"
+IOMMU_OFF = "the IOMMU is off: katagpu host check says how it is turned on"
 HOST_BRIDGE = "0600"
 
 
@@ -22,10 +22,12 @@ def whole(function: Function) -> Function:
     """Raises `UserError` for what is not given away as a whole."""
     if function.parent is not None:
         raise UserError(f"{function} is a virtual function of {function.parent}",
-                        hint="a vGPU is made on it, and that is given to the guest: host vgpu")
+                        hint="a vGPU is made on it, and that is given to the guest: katagpu "
+                             "host vgpu create")
     if function.vfs:
-        raise UserError(f"{function} has {len(function.vfs)} virtual functions, which would go",
-                        hint=f"turn SR-IOV off first: echo 0 > {function.path}/sriov_numvfs")
+        raise UserError(f"{function} has {len(function.vfs)} virtual functions, which would be "
+                        "lost",
+                        hint=f"katagpu host vgpu disable {function.address}")
     if function.bridge:
         raise UserError(f"{function} is a bridge", hint="bridges stay with the host")
     return function

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from katagpu.host import bootline
 from katagpu.host.machine import Machine
@@ -14,7 +14,9 @@ from katagpu.host.verdict import Verdict, failed, passed, warned
 NEEDED = ("VFIO", "VFIO_IOMMU_TYPE1", "VFIO_PCI")
 MDEV_DEVICE_UNTIL = (5, 14)  # the kernel without VFIO_MDEV_DEVICE
 GROUP_SINCE = (6, 6)  # VFIO_GROUP, without which VFIO has no /dev/vfio/N
-MODULES = {"VFIO": "vfio", "VFIO_IOMMU_TYPE1": "vfio_iommu_type1", "VFIO_PCI": "vfio-pci"}
+GRACE = "NVGRACE_GPU_VFIO_PCI"
+MODULES = {"VFIO": "vfio", "VFIO_IOMMU_TYPE1": "vfio_iommu_type1", "VFIO_PCI": "vfio-pci",
+           GRACE: "nvgrace-gpu-vfio-pci"}
 OTHER_KERNEL = "boot a kernel that has it: distributions' kernels do"
 VIRTUAL = ("this is a virtual machine: its hypervisor has to give it a virtual IOMMU (QEMU: "
            "-device intel-iommu,intremap=on) and nested virtualisation")
@@ -42,24 +44,38 @@ def configuration(machine: Machine) -> tuple[str, Mapping[str, str]] | None:
     return None
 
 
-def kernel(machine: Machine) -> Iterator[Verdict]:
-    """The symbols of the guide, built in or as modules."""
+def kernel(machine: Machine, *, grace: bool = False) -> Iterator[Verdict]:
+    """The symbols of the guide, built in or as modules; `grace`: that of Grace's GPUs too."""
     found = configuration(machine)
+    needed = (*NEEDED, GRACE) if grace else NEEDED
     if found is None:
-        yield from _modules(machine)
+        yield from _modules(machine, needed)
         return
     place, symbols = found
-    for name in NEEDED:
+    own = _version(machine) >= GROUP_SINCE and "VFIO" in symbols and \
+        symbols.get("VFIO_GROUP") != "y"
+    for name in needed:
+        if own and name == "VFIO_IOMMU_TYPE1":
+            continue  # it is for groups
         value = symbols.get(name)
         if value in ("y", "m"):
             yield passed("kernel", f"CONFIG_{name}={value} ({place})")
         else:
             yield failed("kernel", f"CONFIG_{name} is not set ({place})", OTHER_KERNEL)
-    if _version(machine) >= GROUP_SINCE and "VFIO" in symbols and \
-            symbols.get("VFIO_GROUP") != "y":
-        yield failed("kernel", "CONFIG_VFIO_GROUP is not set: there are no /dev/vfio/N",
-                     OTHER_KERNEL)
+    if own:
+        yield _iommufd(symbols)
     yield from _mdev(machine, symbols)
+
+
+def _iommufd(symbols: Mapping[str, str]) -> Verdict:
+    """A kernel without VFIO_GROUP: each function has a device of its own, or there are none."""
+    said = "CONFIG_VFIO_GROUP is not set: there are no /dev/vfio/N"
+    if symbols.get("VFIO_DEVICE_CDEV") == "y" and symbols.get("IOMMUFD") in ("y", "m"):
+        return warned("kernel", f"{said}, but /dev/vfio/devices/vfioN (iommufd)",
+                      "nothing with Kata 3.15 or newer (runtime-rs: 3.31), which takes those; with "
+                      "an older one boot a kernel that has VFIO_GROUP")
+    return failed("kernel", f"{said}, nor /dev/vfio/devices/vfioN (VFIO_DEVICE_CDEV, IOMMUFD)",
+                  OTHER_KERNEL)
 
 
 def _mdev(machine: Machine, symbols: Mapping[str, str]) -> Iterator[Verdict]:
@@ -72,7 +88,7 @@ def _mdev(machine: Machine, symbols: Mapping[str, str]) -> Iterator[Verdict]:
             yield passed("kernel", f"CONFIG_{name}={value}: vGPUs can be made through mdev")
         else:
             yield warned("kernel", f"CONFIG_{name} is not set: only vGPUs through mdev need it",
-                         None)
+                         f"for those: {OTHER_KERNEL}; for whole GPUs nothing")
     if len(names) == 1:
         yield passed("kernel", f"CONFIG_VFIO_MDEV_DEVICE: {release(machine)} has no such symbol, "
                                "nor needs it")
@@ -83,12 +99,12 @@ def _version(machine: Machine) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (99, 0)
 
 
-def _modules(machine: Machine) -> Iterator[Verdict]:
+def _modules(machine: Machine, needed: Sequence[str]) -> Iterator[Verdict]:
     """Without a configuration: is the code there, as a file or in the kernel?"""
     place = f"/lib/modules/{release(machine)}"
     text = "\n".join(machine.text(f"{place}/{name}") or ""
                      for name in ("modules.dep", "modules.builtin"))
-    for name in NEEDED:
+    for name in needed:
         module = MODULES[name]
         if machine.exists(f"/sys/module/{module.replace('-', '_')}") or \
                 re.search(rf"/{module.replace('_', '[-_]')}\.ko", text):
@@ -108,6 +124,7 @@ def iommu(machine: Machine) -> Iterator[Verdict]:
     if groups:
         yield passed("iommu", f"on: {', '.join(units) or 'units are not shown'}; "
                               f"groups: {len(groups)}")
+        yield from _remapping(machine)
         return
     words = bootline.options(machine)
     off = [word for word in words if word in ("intel_iommu=off", "amd_iommu=off", "iommu=off")]
@@ -132,6 +149,37 @@ def iommu(machine: Machine) -> Iterator[Verdict]:
                      "firmware's setup?")
 
 
+def _remapping(machine: Machine) -> Iterator[Verdict]:
+    """VFIO refuses a group whose interrupts are not remapped (x86; vfio_iommu_type1.c).
+
+    Chips in /proc/interrupts are named IR-… where they are.
+    """
+    if not bootline.maker(machine):
+        return
+    name = "remapping"
+    off = [word for word in bootline.options(machine) if word in ("intremap=off", "nointremap")]
+    lines = machine.text("/proc/interrupts") or ""
+    unsafe = [module for module in ("vfio_iommu_type1", "iommufd") if machine.text(
+        f"/sys/module/{module}/parameters/allow_unsafe_interrupts") == "Y"]
+    if re.search(r"\bIR-(IO-APIC|PCI-MSI)", lines):
+        yield passed(name, "interrupts are remapped")
+    elif unsafe:
+        yield warned(name, f"{unsafe[0]}.allow_unsafe_interrupts is on: a guest can raise any "
+                     "interrupt of this host", "for guests that are trusted alone; else interrupt "
+                     "remapping on in the firmware's setup, and the option away")
+    elif off:
+        yield failed(name, f"{' '.join(off)} is on the kernel's command line", "take it away, and "
+                     "reboot: without remapping VFIO refuses GPUs (\"No interrupt remapping\")")
+    elif re.search(r"\b(IO-APIC|PCI-MSI)", lines):
+        yield failed(name, "interrupts are not remapped, and so VFIO refuses GPUs", VIRTUAL if
+                     bootline.virtual(machine) else "turn on VT-d (AMD: IOMMU) with interrupt "
+                     "remapping, and x2APIC, in the firmware's setup; for guests that are trusted, "
+                     "options vfio_iommu_type1 allow_unsafe_interrupts=1 in /etc/modprobe.d")
+    else:
+        yield warned(name, "whether interrupts are remapped cannot be told",
+                     "dmesg | grep -i remapping")
+
+
 def _by_default(machine: Machine) -> bool:
     """Does the kernel turn Intel's IOMMU on unasked?"""
     found = configuration(machine)
@@ -150,4 +198,5 @@ def devices(machine: Machine) -> Iterator[Verdict]:
         yield passed("vsock", "/dev/vhost-vsock is there")
     else:
         yield failed("vsock", "there is no /dev/vhost-vsock: Kata says \"host system doesn't "
-                     "support vsock\"", "modprobe vhost_vsock; `host persist` keeps it")
+                     "support vsock\"", "modprobe vhost_vsock; katagpu host persist has it loaded "
+                     "at every boot")

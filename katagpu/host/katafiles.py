@@ -8,6 +8,7 @@ tests/host/test_kataloader.py and test_kataloader_rust.py ask the loaders themse
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -80,24 +81,38 @@ class Effective:
         return found if isinstance(found, dict) else {}
 
 
+def installed(machine: Machine, shim: Shim) -> tuple[str, str] | None:
+    """The release that is installed, as text, and the file or program that says so."""
+    text = machine.text("/opt/kata/VERSION") or ""
+    if re.match(r"\d+\.\d+", text):
+        return text.split()[0], "/opt/kata/VERSION"
+    for program in PROGRAMS[shim]:
+        if not machine.exists(program):
+            continue
+        with contextlib.suppress(UserError):  # it hangs, or cannot be started: the next one may
+            said = machine.ask([program, "--version"], timeout=10)
+            found = re.search(r"(?:version|kata-runtime)\s*:\s*(\d[^\s,]*)", said.out)
+            if said.status == 0 and found:
+                return found[1], program
+    return None
+
+
 def version(machine: Machine, shim: Shim) -> Version:
     """The release of Kata that is installed. Raises `UserError` where it cannot be told."""
-    text = machine.text("/opt/kata/VERSION")
-    if text:
-        return parse(text)
-    for program in PROGRAMS[shim]:
-        if machine.exists(program):
-            said = machine.ask([program, "--version"])
-            found = re.search(r"(?:version|kata-runtime)\s*:\s*(\d\S*)", said.out)
-            if said.status == 0 and found:
-                return parse(found[1].rstrip(","))
-    raise UserError("which release of Kata is installed cannot be told",
-                    hint="install Kata (kata-deploy, or the static tarball below /opt/kata), or "
-                         "say --kata-version X.Y.Z")
+    found = installed(machine, shim)
+    if found is None:
+        raise UserError("which release of Kata is installed cannot be told",
+                        hint="install Kata (kata-deploy, or the static tarball below /opt/kata), "
+                             "or say --kata-version X.Y.Z")
+    return parse(found[0])
 
 
-def places(shim: Shim, handler: str, there: Version) -> Iterator[str]:
-    """Where a runtime's configuration file may be, the likeliest first."""
+def places(shim: Shim, named: str | None, there: Version) -> Iterator[str]:
+    """Where a runtime's configuration file may be, the likeliest first.
+
+    A runtime that is `named` is that one, or none.
+    """
+    handler = named or HANDLERS[shim]
     level = f"/{RUST}" if shim is Shim.RUST else ""
     for prefix in PREFIXES:
         base = f"{prefix}/{DEFAULTS}"
@@ -105,6 +120,8 @@ def places(shim: Shim, handler: str, there: Version) -> Iterator[str]:
             yield f"{base}{level}/runtimes/{handler}/configuration-{handler}.toml"
             yield f"{base}/custom-runtimes/{handler}/configuration-{handler}.toml"
         yield f"{base}{level}/configuration-{handler}.toml"
+    if named:
+        return
     yield f"/etc/kata-containers{level}/configuration.toml"
     for prefix in PREFIXES:
         for name in ("configuration.toml", "configuration-qemu.toml"):
@@ -130,14 +147,16 @@ def targets(machine: Machine, *, shim: Shim | None = None, config: str | None = 
         except UserError as failure:
             last = failure
             continue
-        for path in places(kind, handler or HANDLERS[kind], there):
+        for path in places(kind, handler, there):
             if machine.exists(path):
                 found.append(Target(kind, there, machine.real(path)))
                 break
     if not found:
         raise last or UserError(
+            f"Kata has no runtime {handler} on this host" if handler else
             "Kata has no configuration file on this host",
-            hint="install Kata, or say --config FILE")
+            hint="--config FILE names its configuration" if handler else
+            "install Kata, or say --config FILE")
     return found
 
 

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from katagpu.host import katahost
+from katagpu.host.katafiles import Effective
 from katagpu.host.machine import Machine
 from katagpu.host.verdict import Verdict, failed, passed, warned
+from katagpu.kataconfig import HYPERVISOR
 
 RUNTIMES = ("containerd", "crio", "dockerd")
 MIB = 1 << 20
@@ -20,15 +21,14 @@ def facts(machine: Machine) -> dict[str, int]:
             re.findall(r"^(\w+):\s+(\d+)", machine.text("/proc/meminfo") or "", re.M)}
 
 
-def check(machine: Machine) -> Iterator[Verdict]:
-    """Locked memory of the container runtime, and memory for one guest."""
+def check(machine: Machine, configured: Sequence[Effective]) -> Iterator[Verdict]:
+    """Locked memory of the container runtime, and memory for the largest guest configured."""
     yield from _memlock(machine)
     found = facts(machine)
-    wanted, huge = 0, False
-    for file in katahost.configurations(machine)[:1]:
-        size = katahost.setting(machine, file, "default_memory") or ""
-        wanted = int(size) if size.isdigit() else 0
-        huge = katahost.setting(machine, file, "enable_hugepages") == "true"
+    tables = [effective.table(HYPERVISOR) for effective in configured]
+    sizes = [table.get("default_memory") for table in tables]
+    wanted = max((size for size in sizes if isinstance(size, int)), default=0)
+    huge = any(table.get("enable_hugepages") is True for table in tables)
     if huge:
         free = found.get("HugePages_Free", 0) * found.get("Hugepagesize", 0) // 1024
         if free < max(wanted, 1):

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from katagpu import log
 from katagpu.errors import UserError
-from katagpu.host import bootline, command, groups, pci
-from katagpu.host.bind import VFIO
+from katagpu.host import bootline, command, groups, pci, vfio
 from katagpu.host.command import Answer, Commands
 from katagpu.host.machine import Machine, Refused
 from katagpu.host.pci import Function
@@ -31,7 +30,7 @@ _RULE = re.compile(r'KERNEL=="([^"]+)", ATTR\{vendor\}=="0x([0-9a-f]{4})", '
                    r'ATTR\{device\}=="0x([0-9a-f]{4})", ATTR\{class\}=="0x([0-9a-f]{6})"')
 # udev replaces %S (where sysfs is), %p, %k, and $$.
 _SCRIPT = ("d=%S%p; b=%S/bus/pci; "
-           "if [ -e $$d/driver ] && [ ! $$d/driver -ef $$b/drivers/vfio-pci ]; "
+           "if [ -e $$d/driver ] && [ ! $$d/driver -ef $$b/drivers/{driver} ]; "
            "then echo %k > $$d/driver/unbind; fi; echo %k > $$b/drivers_probe")
 
 Kept = Mapping[str, tuple[str, str]]
@@ -121,15 +120,17 @@ def files(machine: Machine, wanted: Kept) -> dict[str, str]:
     rules = "".join(
         f'ACTION=="add", SUBSYSTEM=="pci", KERNEL=="{address}", ATTR{{vendor}}=="0x{ids[:4]}", '
         f'ATTR{{device}}=="0x{ids[5:]}", ATTR{{class}}=="0x{kind}", '
-        f'ATTR{{driver_override}}="{VFIO}", RUN{{builtin}}+="kmod load {VFIO}", '
-        f"RUN+=\"/bin/sh -c '{_SCRIPT}'\"\n"
-        for address, (ids, kind) in sorted(wanted.items()))
+        f'ATTR{{driver_override}}="{driver}", RUN{{builtin}}+="kmod load {driver}", '
+        f"RUN+=\"/bin/sh -c '{_SCRIPT.format(driver=driver)}'\"\n"
+        for address, (ids, kind) in sorted(wanted.items()) for driver in [vfio.driver(ids)])
+    drivers = sorted({vfio.driver(ids) for ids, _ in wanted.values()})
     modules = [*GPU_MODULES, *(module for kind, module in CLASS_MODULES.items()
                                if any(facts[1].startswith(kind) for facts in wanted.values()))]
-    modprobe = "".join(f"softdep {module} pre: {VFIO}\n" for module in modules)
+    modprobe = "".join(f"softdep {module} pre: {' '.join(drivers)}\n" for module in modules)
     if all(gpu.address in wanted for gpu in pci.gpus(machine)):
         modprobe += "".join(f"blacklist {module}\n" for module in GPU_MODULES[1:])
-    return {RULES: MARK + rules, MODPROBE: MARK + modprobe, LOAD: f"{MARK}{VFIO}\nvhost_vsock\n"}
+    return {RULES: MARK + rules, MODPROBE: MARK + modprobe,
+            LOAD: MARK + "".join(f"{module}\n" for module in (*drivers, "vhost_vsock"))}
 
 
 def _change(machine: Machine, path: str, text: str | None) -> None:
@@ -165,11 +166,14 @@ def _hints(machine: Machine, after: Kept) -> list[str]:
             break
     there = bootline.options(machine)
     lacking = [word for word in bootline.wanted(machine) if word not in there]
-    if after and lacking and not machine.names("/sys/kernel/iommu_groups"):
-        found.append(f"the IOMMU is off: {bootline.how(machine, lacking)}")
-    if after:
-        found.append("now, without a reboot: host bind " + " ".join(
+    on = bool(machine.names("/sys/kernel/iommu_groups"))
+    if after and not on:
+        found.append(f"the IOMMU is off: {bootline.how(machine, lacking)}" if lacking else
+                     groups.IOMMU_OFF)
+    if after and on:
+        found.append("now, without a reboot: katagpu host bind " + " ".join(
             address for address, facts in sorted(after.items()) if facts[1][:2] == "03"))
-    elif machine.names("/sys/bus/pci/drivers/vfio-pci"):
-        found.append("what is bound to vfio-pci stays so until it is given back (host unbind)")
+    if not after and any(machine.names(f"{pci.DRIVERS}/{driver}") for driver in vfio.DRIVERS):
+        found.append("what is bound to vfio-pci stays so until it is given back (katagpu host "
+                     "unbind)")
     return found

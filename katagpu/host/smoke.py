@@ -6,9 +6,8 @@ import argparse
 import os
 
 from katagpu.errors import UserError
-from katagpu.host import command, configure, containers, pci, smokeparts, snippets, vgputypes
+from katagpu.host import command, configure, containers, pci, smokeparts, snippets, vfio, vgputypes
 from katagpu.host.command import Answer, Commands
-from katagpu.host.configure import Goal
 from katagpu.host.containers import Job
 from katagpu.host.kataguest import Guest
 from katagpu.host.machine import Machine
@@ -30,7 +29,7 @@ def add(commands: Commands) -> None:
                       help="what runs the container (default: the first that is here)")
     made.add_argument("--image", default=snippets.IMAGE,
                       help=f"the container's image (default: {snippets.IMAGE})")
-    made.add_argument("--timeout", type=int, default=TIMEOUT, metavar="S",
+    made.add_argument("--timeout", type=command.positive, default=TIMEOUT, metavar="S",
                       help=f"seconds until the container has ended (default: {TIMEOUT})")
 
 
@@ -45,7 +44,7 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
     node, ids = _device(machine, given.device)
     job = Job(name=f"katagpu-smoke-{os.getpid()}", image=given.image, device=node,
               script=smokeparts.SCRIPT, shim=snippets.program(machine, goal.target.shim),
-              config=_config(machine, goal), handler=snippets.name_of(goal))
+              config=configure.in_use(machine, goal.target).config, handler=snippets.name_of(goal))
     machine.agree(f"run a container with {node}, by {program}")
     steps = _steps(machine, program, job, guest, ids, given.timeout)
     if machine.dry_run:
@@ -58,12 +57,6 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
                               "reason": step.reason} for step in steps]}, fine)
 
 
-def _config(machine: Machine, goal: Goal) -> str:
-    """The configuration file: ours, where it is there."""
-    use = goal.effective if machine.exists(goal.path) else goal.target
-    return use.config
-
-
 def _steps(machine: Machine, program: str, job: Job, guest: Guest, ids: list[str],
            timeout: int) -> list[Step]:
     name = f"a container with {job.device}"
@@ -72,12 +65,13 @@ def _steps(machine: Machine, program: str, job: Job, guest: Guest, ids: list[str
     except TooLong as failure:
         return [Step(name, False, failure.what,
                      "the guest started no container in that time: journalctl -t kata; "
-                     "create_container_timeout (host configure --check)")]
+                     "create_container_timeout (katagpu host configure --check)")]
     if machine.dry_run:
         return []
     if smokeparts.MARK not in said.out:
         text = said.err + said.out
-        return [Step(name, False, f"`{program}` failed with status {said.status}: {said.said}",
+        return [Step(name, False, f"`{program}` ended with status {said.status}: "
+                     f"{said.said or 'it said nothing'}",
                      smokeparts.why(text) or "journalctl -t kata has Kata's and the guest's "
                                              "messages")]
     release = guest.manifest.get("kernel_release")
@@ -99,7 +93,7 @@ def _device(machine: Machine, text: str | None) -> tuple[str, list[str]]:
         node = f"/dev/vfio/{machine.link(f'{MDEVS}/{text}/iommu_group')}"
     else:
         function = pci.resolve(machine, text)
-        node = f"/dev/vfio/{function.group}"
+        node = vfio.node(machine, function) or "/dev/vfio/"
         if node not in ready:
             raise UserError(f"{function} is bound to {function.driver or 'no driver'}",
                             hint=f"katagpu host bind {function.address}")
@@ -111,8 +105,8 @@ def _device(machine: Machine, text: str | None) -> tuple[str, list[str]]:
 
 def _ids(machine: Machine, node: str) -> list[str]:
     """The ids of the GPUs that a guest sees through a node."""
-    group = node.rpartition("/")[2]
-    found = [one.ids for one in pci.members(machine, group) if one.gpu]
+    found = [one.ids for one in pci.functions(machine)
+             if one.gpu and node in vfio.nodes(machine, one)]
     for gpu in [] if found else pci.gpus(machine):
         # A vGPU by mdev has its card's vendor and device.
         if any(one.node == node for one in vgputypes.made(machine, gpu)):

@@ -148,7 +148,7 @@ def _regions(address: str, bars: Sequence[pci.Bar]) -> Step:
     what = ", ".join(f"Region {bar.number} ({pci.amount(bar.size)})" for bar in lacking)
     return Step(f"Region of {address}", False, f"{what or 'no BAR'} has no address",
                 "the guest has no room for it: a large BAR wants a root port, pci=realloc and "
-                "enough address bits (host check); katagpu host configure --check")
+                "enough address bits (katagpu host check); katagpu host configure --check")
 
 
 def _smi(parts: dict[str, list[str]]) -> Step:

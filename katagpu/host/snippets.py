@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Mapping
 
 from katagpu.errors import UserError
-from katagpu.host import command, configure, pci
+from katagpu.host import command, configure, pci, vfio
 from katagpu.host.command import Answer, Commands
 from katagpu.host.configure import Goal
 from katagpu.host.katafiles import HANDLERS, PROGRAMS
@@ -154,9 +154,10 @@ def devices(machine: Machine) -> dict[str, str]:
         if not function.gpu or function.group is None:
             continue
         kind = machine.text(f"{function.path}/nvidia/current_vgpu_type")
-        if function.driver == "vfio-pci" or (function.parent and kind not in (None, "0")):
-            found[f"/dev/vfio/{function.group}"] = (
-                str(function) + (f", vGPU type {kind}" if kind not in (None, "0") else ""))
+        if function.driver in vfio.DRIVERS or (function.parent and kind not in (None, "0")):
+            node = vfio.node(machine, function) or ""
+            said = str(function) + (f", vGPU type {kind}" if kind not in (None, "0") else "")
+            found[node] = f"{found[node]}, and {said}" if node in found else said
     for uuid in machine.names(MDEVS):
         group = machine.link(f"{MDEVS}/{uuid}/iommu_group")
         if group:

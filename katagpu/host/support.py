@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from katagpu.errors import UserError
+from katagpu.host.kataguest import CURRENT
 from katagpu.host.machine import Machine
 from katagpu.host.pci import Function
 from katagpu.host.verdict import Verdict, failed, passed, warned
 
-CURRENT = "/opt/kata/share/kata-containers/katagpu/current"
 NAME = "driver-id"
 _RANGES = (
     (0x0FC0, 0x103F, "Kepler"), (0x1180, 0x12BF, "Kepler"), (0x1340, 0x1436, "Maxwell"),
@@ -58,7 +58,9 @@ def manifest(machine: Machine, given: str | None) -> tuple[str, dict[str, Any]] 
         found = json.loads(data)
         found["kernel_release"], found["driver"]
     except (ValueError, KeyError, TypeError) as wrong:
-        raise UserError(f"{place} is no manifest of a guest: {wrong}") from None
+        raise UserError(f"{place} is no manifest of a guest: {wrong}", hint=(
+            "--manifest names the manifest.json of a build or a release" if given else
+            "install the release again (katagpu-install.pyz)")) from None
     return place, found
 
 
@@ -72,7 +74,7 @@ def check(gpu: Function, facts: Mapping[str, Any] | None) -> Verdict:
         return failed(NAME, "the guest has no driver", "build one with `driver:` in the recipe",
                       gpu.address)
     flavour, version = str(driver.get("kernel_module")), str(driver.get("version"))
-    title = f"{version} ({flavour})"
+    title = f"{version} ({flavour})" if driver.get("kernel_module") else version
     kind = generation(gpu.device)
     problem = _problem(kind, flavour, version) if kind else None
     if problem:

@@ -1,6 +1,7 @@
-"""How a function can be given away: its VFIO device, and the vGPUs that it has.
+"""How a function can be given away: its VFIO driver and device, and the vGPUs that it has.
 
-VFIO: the kernel's Documentation/driver-api/vfio.rst. mdev: Documentation/ABI/testing/
+VFIO: the kernel's Documentation/driver-api/vfio.rst. The driver of Grace superchips:
+drivers/vfio/pci/nvgrace-gpu/main.c, whose ids are here. mdev: Documentation/ABI/testing/
 sysfs-bus-vfio-mdev. NVIDIA's own interface, on kernels without mdev: NVIDIA's vGPU documentation.
 """
 
@@ -13,6 +14,11 @@ from katagpu.host.machine import Machine
 from katagpu.host.pci import DEVICES, Function
 
 MDEVS = "/sys/bus/mdev/devices"
+VFIO = "vfio-pci"
+GRACE = "nvgrace_gpu_vfio_pci"
+GRACE_IDS = frozenset(("10de:2342", "10de:2345", "10de:2348", "10de:2941", "10de:31c2"))
+"""GH200, GB200, GB300: with vfio-pci a guest sees nothing of their memory."""
+DRIVERS = (VFIO, GRACE)
 
 
 class Interface(Enum):
@@ -30,6 +36,11 @@ class Vgpu:
     made: tuple[str, ...]
 
 
+def driver(ids: str) -> str:
+    """The driver that gives a function to guests, by its ids."""
+    return GRACE if ids in GRACE_IDS else VFIO
+
+
 def group_node(group: str) -> str:
     """`/dev/vfio/192`."""
     return f"/dev/vfio/{group}"
@@ -43,6 +54,18 @@ def nodes(machine: Machine, function: Function) -> list[str]:
     found = [group_node(function.group)] if function.group else []
     found += [f"/dev/vfio/devices/{name}" for name in machine.names(f"{function.path}/vfio-dev")]
     return [node for node in found if machine.exists(node)]
+
+
+def node(machine: Machine, function: Function) -> str | None:
+    """The device that a container is given: its group's, or its own (iommufd).
+
+    Its own where the kernel has none for groups: it is without VFIO_GROUP, and so without
+    /dev/vfio/vfio.
+    """
+    own = [name for name in nodes(machine, function) if "/devices/" in name]
+    if own and not machine.exists("/dev/vfio/vfio"):
+        return own[0]
+    return function.group and group_node(function.group)
 
 
 def vgpu(machine: Machine, gpu: Function) -> Vgpu:

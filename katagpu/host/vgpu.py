@@ -13,7 +13,7 @@ from katagpu.host.changes import Run, Write
 from katagpu.host.command import Answer, Commands
 from katagpu.host.machine import Machine
 from katagpu.host.pci import DEVICES, Function
-from katagpu.host.vfio import MDEVS, Interface
+from katagpu.host.vfio import DRIVERS, MDEVS, Interface
 from katagpu.host.vgputypes import CURRENT, SUPPORTED, Kind, Made
 
 SRIOV_MANAGE = "/usr/lib/nvidia/sriov-manage"
@@ -248,8 +248,9 @@ def _why_none(machine: Machine, gpu: Function) -> str:
                          for place in vgputypes.places(gpu)):
         return "no type has an instance left (--all lists them); with MIG on, make GPU instances " \
                "first: katagpu host mig create"
-    if gpu.driver == "vfio-pci":
-        return f"it is bound to vfio-pci, for a guest of its own: katagpu host unbind {gpu.address}"
+    if gpu.driver in DRIVERS:
+        return f"it is bound to {gpu.driver}, for a guest of its own: katagpu host unbind " \
+               f"{gpu.address}"
     if gpu.total_vfs and not gpu.vfs:
         return f"its virtual functions are off: katagpu host vgpu enable {gpu.address}"
     return "its driver offers no vGPU types: that takes NVIDIA's vGPU manager (-vgpu-kvm.run), " \

@@ -41,7 +41,7 @@ def write(path: Path) -> None:
 def write_host(path: Path) -> None:
     """Make `katagpu-host.pyz`."""
     _pack(path, HOST_MODULES,
-          MAIN.format(package="host", module="cli", words='prog="katagpu-host.pyz"'))
+          MAIN.format(package="host", module="cli", words='prog=f"python3 {sys.argv[0]}"'))
 
 
 def _pack(path: Path, modules: Sequence[str], main: str) -> None:

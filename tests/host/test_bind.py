@@ -264,6 +264,24 @@ def test_a_device_node_that_does_not_come(host: Make, monkeypatch: pytest.Monkey
     assert drivers(here, A30) == ["nvidia"]
 
 
+def test_a_kernel_without_groups_has_a_device_for_each_function(host: Make) -> None:
+    here = host(hosttree.switch)
+    here.kernel.nodes = False
+    (here.tree.root / "dev/vfio/vfio").unlink()
+    said = here("bind", "18:00.0", "--yes")
+    assert said.status == 0, said.err
+    assert "/dev/vfio/devices/vfio240" in said.out and "/dev/vfio/7" not in said.out
+
+
+def test_a_host_without_the_driver_of_grace(host: Make) -> None:
+    here = host(hosttree.gh200, modprobe='echo "FATAL: Module $1 not found" >&2; exit 1')
+    before = here.tree.snapshot()
+    said = here("bind", "0009:01:00.0", "--yes")
+    assert (said.status, here.tree.snapshot()) == (1, before)
+    assert "Module nvgrace_gpu_vfio_pci not found" in said.err
+    assert "CONFIG_NVGRACE_GPU_VFIO_PCI" in said.err
+
+
 def test_functions_of_a_card_beside_the_gpu(host: Make) -> None:
     here = host(hosttree.a30)
     here.tree.add(Device("0000:d0:00.1", "10de:1aef", AUDIO, driver=None, group=192))

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from katagpu.host import support
+from katagpu.host import kataguest, support
 from tests import hosttree
+from tests.host import katatree
 from tests.host.conftest import Host, Make
 from tests.hosttree import Device, Tree
 
@@ -25,11 +26,8 @@ def ready(build: Callable[[Path], Tree]) -> Callable[[Path], Tree]:
     def made(root: Path) -> Tree:
         tree = build(root)
         tree.file("dev/kvm", "")
-        tree.file("opt/kata/VERSION", "4.1.0\n")
-        tree.file(f"{RUNTIME}/configuration-qemu-nvidia-gpu.toml",
-                  "[hypervisor.qemu]\ndefault_memory = 2048\n")
-        tree.file(f"{RUNTIME}/config.d/50-katagpu.toml",
-                  "[hypervisor.qemu]\ndefault_memory = 8192 # MiB\n")
+        katatree.kata(tree)
+        katatree.guest(tree)
         tree.file("proc/meminfo", "MemAvailable:  99000000 kB\nHugePages_Total:  0\n")
         tree.process(500, "containerd")
         tree.file("proc/500/limits", LIMITS.format("unlimited", "unlimited"))
@@ -41,8 +39,8 @@ def ready(build: Callable[[Path], Tree]) -> Callable[[Path], Tree]:
 
 def manifest(tree: Tree, version: str = "550.163.01", flavour: str = "open", **more: Any) -> None:
     """The manifest of an installed release."""
-    place = f"{support.CURRENT}/manifest-1.0.0.json"
-    tree.file(place, json.dumps({"kernel_release": "6.12", "driver": {
+    place = f"{kataguest.CURRENT}/manifest-1.0.0.json"
+    tree.file(place, json.dumps({"schema": 1, "recipe": "toy", "kernel_release": "6.12", "driver": {
         "version": version, "kernel_module": flavour, **more}}))
 
 
@@ -66,9 +64,9 @@ def test_a_host_that_is_ready(host: Make) -> None:
     assert "fail  " not in said.out
     assert "warn  " not in said.out
     assert said.out.splitlines()[-1].endswith("pass, 0 warn, 0 fail")
-    for name in ("kernel", "iommu", "kvm", "vsock", "kata", "kata-config", "memlock", "hugepages",
-                 "memory", f"bars {A30}", f"group {A30}", f"driver {A30}", f"reset {A30}",
-                 f"driver-id {A30}"):
+    for name in ("kernel", "iommu", "kvm", "vsock", "kata", "kata-config", "kata-guest", "memlock",
+                 "hugepages", "memory", f"bars {A30}", f"group {A30}", f"driver {A30}",
+                 f"reset {A30}", f"driver-id {A30}"):
         assert f"pass  {name}: " in said.out
 
 
@@ -166,6 +164,63 @@ def test_vfio_without_an_iommu_is_no_cure(host: Make) -> None:
     here = host(hosttree.no_iommu)
     here.tree.file("sys/module/vfio/parameters/enable_unsafe_noiommu_mode", "Y\n")
     assert any("enable_unsafe_noiommu_mode" in said for _, said, _ in of(here, "iommu"))
+
+
+REMAPPED = " 126:   0   730  IR-PCI-MSI-0000:17:00.0   0-edge   pciehp\n"
+PLAIN = " 126:   0   730  PCI-MSI 524288-edge   pciehp\n"
+
+
+@pytest.mark.parametrize(("cmdline", "interrupts", "unsafe", "state", "said"), [
+    ("intel_iommu=on", REMAPPED, None, "pass", "interrupts are remapped"),
+    ("intel_iommu=on", REMAPPED, "Y", "pass", "interrupts are remapped"),
+    ("intel_iommu=on intremap=off", PLAIN, None, "fail", "intremap=off is on"),
+    ("intel_iommu=on", PLAIN, "N", "fail", "interrupts are not remapped"),
+    ("intel_iommu=on", PLAIN, "Y", "warn", "vfio_iommu_type1.allow_unsafe_interrupts is on"),
+    ("intel_iommu=on", "", None, "warn", "whether interrupts are remapped cannot be told")])
+def test_interrupt_remapping(host: Make, cmdline: str, interrupts: str, unsafe: str | None,
+                             state: str, said: str) -> None:
+    here = host(hosttree.t4)
+    here.tree.file("proc/cmdline", cmdline)
+    here.tree.file("proc/interrupts", interrupts)
+    if unsafe:
+        here.tree.file("sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts", unsafe)
+    found = one(here, "remapping")
+    assert (found[0], said in found[1], bool(found[2])) == (state, True, state != "pass")
+
+
+def test_no_line_about_remapping_where_there_is_no_iommu_or_no_need(host: Make) -> None:
+    assert of(host(hosttree.no_iommu), "remapping") == []
+    assert of(host(lambda root: hosttree.gh200(root.with_name("arm"))), "remapping") == []
+
+
+@pytest.mark.parametrize(("more", "state", "said"), [
+    ("CONFIG_VFIO_DEVICE_CDEV=y\nCONFIG_IOMMUFD=m\n", "warn", "but /dev/vfio/devices/vfioN"),
+    ("CONFIG_VFIO_DEVICE_CDEV=y\n", "fail", "nor /dev/vfio/devices/vfioN")])
+def test_a_kernel_without_groups(host: Make, more: str, state: str, said: str) -> None:
+    found = of(host(with_config(f"CONFIG_VFIO=m\nCONFIG_VFIO_PCI=m\n{more}", "6.12.1")), "kernel")
+    assert any(line[0] == state and said in line[1] and line[2] for line in found), found
+    assert not any("IOMMU_TYPE1" in line[1] for line in found)
+
+
+def test_the_gpu_of_a_grace_superchip(host: Make) -> None:
+    here = host(hosttree.gh200)
+    assert ("pass", "CONFIG_NVGRACE_GPU_VFIO_PCI=m", "") in [
+        (state, said.partition(" ")[0], cure) for state, said, cure in of(here, "kernel")]
+    assert here("bind", "9:01:00.0", "--yes").status == 1  # no such address
+    assert here("bind", "0009:01:00.0", "--yes").status == 0
+    assert one(here, "driver")[1].startswith("nvgrace_gpu_vfio_pci, /dev/vfio/17")
+    assert here("persist", "0009:01:00.0", "--yes").status == 0
+    assert "nvgrace_gpu_vfio_pci" in katatree.read(here.tree, "/etc/modules-load.d/"
+                                                              "katagpu-vfio.conf")
+    assert here("unbind", "0009:01:00.0", "--yes").status == 0
+    assert here.tree.bound("0009:01:00.0") == "nvidia"
+    tree = hosttree.gh200(here.tree.root.with_name("wrong"))
+    (tree.paths["0009:01:00.0"] / "driver").unlink()
+    tree.link(tree.paths["0009:01:00.0"] / "driver", tree.driver("vfio-pci"))
+    here.tree = tree
+    state, said, cure = one(here, "driver")
+    assert (state, "wants nvgrace_gpu_vfio_pci" in said) == ("fail", True)
+    assert cure == "katagpu host bind 0009:01:00.0"
 
 
 def test_groups(host: Make) -> None:
@@ -283,6 +338,16 @@ def test_no_guest_is_named(host: Make) -> None:
     assert one(host(hosttree.a30), "driver-id")[0] == "warn"
 
 
+def test_a_guest_that_is_damaged_does_not_stop_it(host: Make) -> None:
+    here = host(ready(hosttree.a30))
+    here.tree.file(f"{kataguest.CURRENT}/manifest-1.0.0.json", "{")
+    state, said, cure = one(here, "guest")
+    assert (state, "manifest-1.0.0.json is no manifest" in said) == ("fail", True)
+    assert "install the release again" in cure
+    assert one(here, "kata-guest")[0] == "fail"
+    assert one(here, "group")[0] == "pass"
+
+
 def test_a_guest_that_is_named(host: Make, tmp_path: Path) -> None:
     here = host(hosttree.a30)
     here.tree.file("tmp/manifest.json", json.dumps({"kernel_release": "6", "driver": None}))
@@ -302,12 +367,32 @@ def test_kata(host: Make) -> None:
     assert one(here, "kata") == ("pass", "4.1.0 (/opt/kata/VERSION)", "")
     assert one(here, "kata-config")[1].endswith(
         "qemu-nvidia-gpu/configuration-qemu-nvidia-gpu.toml; drop-ins: 50-katagpu.toml")
+    assert one(here, "kata-guest")[:2] == (
+        "pass", "Kata 4.1.0 (go) is configured for toy, driver 550.163.01")
     here.tree.file("opt/kata/VERSION", "1.10.3\n")
-    state, said, _ = one(here, "kata")
-    assert state == "fail"
-    assert "1.10.3 (/opt/kata/VERSION) is older than 1.11.0, which GPUs with large BARs" in said
-    (here.tree.root / RUNTIME / "config.d/50-katagpu.toml").unlink()
-    assert [state for state, _, _ in of(here, "kata-config")] == ["pass", "warn"]
+    assert one(here, "kata")[:2] == ("fail", "1.10.3 (/opt/kata/VERSION) is older than 1.11.0, "
+                                     "which GPUs with large BARs need")
+
+
+@pytest.mark.parametrize(("version", "said"), [
+    ("1.2.0", "Kata 1.2.0 cannot give a GPU to a guest (/opt/kata/VERSION)"),
+    ("7.0.0", "Kata 7.0.0 is not known here (1.3 to 4.x are)"),
+    ("latest", "Kata Containers is not installed, or does not say its version")])
+def test_a_kata_that_will_not_do(host: Make, version: str, said: str) -> None:
+    here = host(ready(hosttree.t4))
+    here.tree.file("opt/kata/VERSION", f"{version}\n")
+    state, words, cure = one(here, "kata")
+    assert (state, words.startswith(said), bool(cure)) == ("fail", True, True), words
+    assert of(here, "kata-config") == []
+
+
+def test_both_runtimes_of_kata(host: Make) -> None:
+    here = host(ready(hosttree.a30))
+    katatree.kata(here.tree, rust=True)
+    assert len(of(here, "kata")) == 1
+    assert [said.partition(" is ")[0] for _, said, _ in of(here, "kata-guest")] == [
+        "Kata 4.1.0 (go)", "Kata 4.1.0 (runtime-rs)"]
+    assert [state for state, _, _ in of(here, "kata-guest")] == ["pass", "fail"]
 
 
 def test_kata_of_a_package(host: Make) -> None:
@@ -320,8 +405,43 @@ def test_kata_of_a_package(host: Make) -> None:
     (here.tree.root / f"{config}.toml").symlink_to(f"/{config}-qemu.toml")
     found = of(here, "kata-config")
     assert found[0][1] == f"/{config}-qemu.toml; no drop-ins"
+    assert one(here, "kata-guest")[:2] == ("warn", "no guest of katagpu is installed")
     here.tree.file("etc/kata-containers/configuration.toml", "")
     assert of(here, "kata-config")[0][1].startswith("/etc/kata-containers/configuration.toml")
+
+
+def test_a_configuration_of_our_own_is_what_is_read(host: Make) -> None:
+    here = host(ready(hosttree.a30))
+    katatree.kata(here.tree, "3.7.0")
+    assert here("configure", "--yes").status == 0
+    assert one(here, "kata-config")[1] == f"{katatree.OWN}; no drop-ins"
+    assert one(here, "kata-guest")[0] == "pass"
+
+
+def test_a_syntax_error_in_a_drop_in(host: Make) -> None:
+    here = host(ready(hosttree.a30))
+    here.tree.file(f"{RUNTIME}/config.d/60-mine.toml", "[hypervisor.qemu]\nmemory = 8 GiB\n")
+    said = here("check")
+    assert said.status == 1
+    assert f"fail  kata-config: /{RUNTIME}/config.d/60-mine.toml:2: " in said.out
+    assert "    2 | memory = 8 GiB\n      → mend that line: " in said.out
+    assert of(here, "kata-guest") == []
+
+
+def test_what_the_guest_needs_and_kata_does_not_see(host: Make) -> None:
+    here = host(ready(hosttree.a30))
+    here.tree.file(f"{RUNTIME}/config.d/60-mine.toml",
+                   '[hypervisor.qemu]\nkernel = "/vmlinuz"\nimage = "/kata.img"\n')
+    state, said, cure = one(here, "kata-guest")
+    assert (state, said.endswith(", and 1 more")) == ("fail", True)
+    assert f"/{RUNTIME}/config.d/60-mine.toml sets kernel = '/vmlinuz'" in said
+    assert "configure --check" in cure
+
+
+def test_ports_that_were_chosen_are_no_fault(host: Make) -> None:
+    here = host(ready(hosttree.a30))
+    assert here("configure", "--yes", "--port", "switch-port").status == 0
+    assert one(here, "kata-guest")[0] == "warn"
 
 
 def test_memory(host: Make) -> None:
@@ -333,7 +453,8 @@ def test_memory(host: Make) -> None:
     state, said, cure = one(here, "memlock")
     assert (state, "64 MiB" in said) == ("warn", True)
     assert "LimitMEMLOCK=infinity in a drop-in of containerd.service" in cure
-    here.tree.file(f"{RUNTIME}/config.d/60-mine.toml", "enable_hugepages = true\n")
+    here.tree.file(f"{RUNTIME}/config.d/60-mine.toml",
+                   "[hypervisor.qemu]\nenable_hugepages = true\n")
     assert one(here, "hugepages")[0] == "fail"
     here.tree.file("proc/meminfo", "HugePages_Total: 8\nHugePages_Free: 8\nHugepagesize: 1048576\n")
     assert one(here, "hugepages")[:2] == ("pass", "8192 MiB free")

@@ -50,6 +50,36 @@ def test_both_ways_to_call_it(words: list[str], tmp_path: Path) -> None:
     assert json.loads(said.stdout)["gpus"][0]["bdf"] == "0000:3b:00.0"
 
 
+def test_commands_in_messages_are_those_of_the_program(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hosttree.t4(tmp_path / "root")
+    words = ["check", "--root", str(tmp_path / "root")]
+    assert cli.main(words, prog="python3 x.pyz") == 1
+    said = capsys.readouterr().out
+    assert "python3 x.pyz bind 0000:3b:00.0; python3 x.pyz persist 0000:3b:00.0" in said
+    assert cli.main([*words, "--json"], prog="python3 x.pyz") == 1
+    assert "python3 x.pyz bind 0000:3b:00.0" in capsys.readouterr().out
+    assert cli.main(["smoke", *words[1:], "--release", "/x"], prog="./doitw host") == 1
+    assert "katagpu host" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reader", ["head -n 1", "cat"])
+def test_a_terminal_without_utf_8_and_a_reader_that_leaves(tmp_path: Path, reader: str) -> None:
+    hosttree.t4(tmp_path / "root")
+    said = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m katagpu host check --root {tmp_path}/root | {reader}"],
+        cwd=REPOSITORY, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert said.stdout.startswith(b"pass  kernel: ")
+    assert said.stderr == b""
+
+
+@pytest.mark.parametrize("words", [["configure", "--functions", "0"], ["smoke", "--timeout", "-1"],
+                                   ["snippets", "--functions", "two"]])
+def test_numbers_that_are_none(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 1
+    assert "is no number from 1 on" in capsys.readouterr().err
+
+
 def test_a_root_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["gpus", "--json", "--root", "/no/such"]) == 1
     assert json.loads(capsys.readouterr().out) == {

@@ -178,6 +178,13 @@ def test_a_handler_of_one_s_own(tree: Tree, machine: Machine) -> None:
     assert go.config == "/" + os.path.relpath(path, tree.root)
 
 
+def test_a_handler_that_is_not_there(tree: Tree, machine: Machine) -> None:
+    katatree.kata(tree)
+    tree.file("etc/kata-containers/configuration.toml", "")  # of another runtime
+    with pytest.raises(UserError, match="no runtime my-gpu on this host"):
+        katafiles.targets(machine, handler="my-gpu")
+
+
 @pytest.mark.parametrize(("arguments", "word"), [
     ({}, "cannot be told"), ({"kata": "4.1.0"}, "no configuration file"),
     ({"config": "/no.toml"}, "no such file"), ({"kata": "latest"}, "no version")])

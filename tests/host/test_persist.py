@@ -104,6 +104,7 @@ def test_without_an_iommu_it_says_how_it_is_turned_on(host: Make) -> None:
     assert "intel_iommu=on iommu=pt" in said.out
     assert "/etc/default/grub" in said.out
     assert "in no IOMMU group" in said.err
+    assert "without a reboot" not in said.out
     assert 'KERNEL=="0000:65:00.1"' in etc(here.tree.root)[persist.RULES]
 
 

@@ -79,6 +79,28 @@ def test_ctr(host: Make) -> None:
     assert words[-2:] == ["gpu-check", "nvidia-smi"]
 
 
+def test_two_gpus_of_one_group_have_one_line(host: Make) -> None:
+    here = host(hosttree.switch)
+    katatree.kata(here.tree)
+    katatree.guest(here.tree)
+    assert here("bind", "18:00.0", "--yes").status == 0
+    lines = here("snippets", "ctr").out.splitlines()
+    assert lines[1] == "# 0000:18:00.0 [10de:2236], and 0000:19:00.0 [10de:2236]"
+    assert len(lines) == 3 and " --device /dev/vfio/7 " in lines[2]
+
+
+def test_a_kernel_without_groups_has_a_line_for_each_gpu(host: Make) -> None:
+    here = host(hosttree.switch)
+    katatree.kata(here.tree)
+    katatree.guest(here.tree)
+    here.kernel.nodes = False
+    (here.tree.root / "dev/vfio/vfio").unlink()
+    assert here("bind", "18:00.0", "--yes").status == 0
+    said = here("snippets", "ctr").out
+    assert "--device /dev/vfio/devices/vfio240 " in said
+    assert "--device /dev/vfio/devices/vfio250 " in said
+
+
 def test_ctr_for_vgpus(host: Make) -> None:
     here = host(vgpuhost.mdev)
     katatree.kata(here.tree)
