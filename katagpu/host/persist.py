@@ -88,8 +88,7 @@ def _more(machine: Machine, given: argparse.Namespace) -> dict[str, tuple[str, s
     found: list[Function] = []
     for function in wanted:
         if function.group is None:
-            log.warn(f"{function} is in no IOMMU group: nothing can use it before that is mended; "
-                     f"{groups.IOMMU_OFF}")
+            log.warn(f"{function} is in no IOMMU group: nothing can use it before that is mended")
             slot = function.address.rpartition(".")[0]
             found += [other for other in pci.functions(machine)
                       if other.address.rpartition(".")[0] == slot and not groups.stays(other)]
