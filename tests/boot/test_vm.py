@@ -117,7 +117,7 @@ def test_an_initrd(tmp_path: Path) -> None:
     assert rest == golden(tmp_path, FIRST, SECOND, f"-initrd {found.root} ", PROBE, LAST)
     assert line.endswith(
         ' rdinit=/bin/sh -- -c "mount -t devtmpfs dev /dev; cat /dev/vda >/katagpu-probe; umount '
-        '/dev; chmod 700 /katagpu-probe; /katagpu-probe & exec /init"')
+        '/dev; mknod /dev/null c 1 3; chmod 700 /katagpu-probe; /katagpu-probe & exec /init"')
     assert "root=" not in line
 
 
