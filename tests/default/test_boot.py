@@ -12,7 +12,7 @@ from katagpu.boot import table
 from katagpu.context import Context
 
 WITHOUT_A_GPU_OF_ITS_OWN = {  # nothing to look at in the default guest
-    "verity", "extension", "agent-runs", "agent-answers", "agent-details", "hook"}
+    "verity", "extension", "signatures", "agent-runs", "agent-answers", "agent-details", "hook"}
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from tests.closedguest import Closed
 from tests.splitguest import Split
 
 pytestmark = pytest.mark.slow
-ALONE = {"agent-runs", "agent-answers", "agent-details", "hook"}
+ALONE = {"signatures", "agent-runs", "agent-answers", "agent-details", "hook"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def test_an_agent_is_called_over_vsock(booting: Booting) -> None:
                    env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false"})
     report = booting.check("agent", agent=Agent(file=str(agent)))
     assert bootguest.failed(report) == {}
-    assert bootguest.skipped(report) == {"hook", "verity", "extension"}
+    assert bootguest.skipped(report) == {"signatures", "hook", "verity", "extension"}
     assert "SERVING" in evidence(report, "agent-answers")
     assert "3.99.0-toy" in evidence(report, "agent-details")
 

@@ -77,7 +77,8 @@ def test_the_default_guest_with_a_variant(
     assert [(change.name, change.after) for change in found.facts] == [
         ("driver.kernel_module", "closed")]
     assert (found.packages, found.config) == ((), ())
-    assert {part.name for part in found.parts if not part.same} == {"image", "sizes", "files"}
+    assert {part.name for part in found.parts if not part.same} == {
+        "image", "sizes", "files", "sbom_spdx", "sbom_cyclonedx", "licences"}
     files = {change.path: change for change in found.files or ()}
     release = default.manifest.kernel_release
     module = files[f"usr/lib/modules/{release}/{PLACE}/nvidia.ko"]
