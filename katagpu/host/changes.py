@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,16 @@ from typing import Any
 MOST_LINKS = 40  # as the kernel (path_resolution(7)); more are a circle
 
 
-class Change:
+class Change(ABC):
     """A change of the host."""
 
+    @abstractmethod
     def lines(self) -> list[str]:
         """What is printed in a dry run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def data(self) -> dict[str, Any]:
         """The same for `--json`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

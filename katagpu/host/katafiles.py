@@ -18,6 +18,7 @@ from typing import Any
 from katagpu.errors import UserError
 from katagpu.host import tomlreader
 from katagpu.host.machine import Machine
+from katagpu.kataconfig import default_handler
 from katagpu.kataversions import (
     OWN_DIRECTORIES,
     Shim,
@@ -36,8 +37,6 @@ PROGRAMS: Mapping[Shim, tuple[str, ...]] = {
               "/usr/local/bin/containerd-shim-kata-v2", "/usr/bin/containerd-shim-kata-v2",
               "/usr/local/bin/kata-runtime", "/usr/bin/kata-runtime"),
     Shim.RUST: ("/opt/kata/runtime-rs/bin/containerd-shim-kata-v2",)}
-HANDLERS: Mapping[Shim, str] = {Shim.GO: "qemu-nvidia-gpu",
-                                Shim.RUST: "qemu-nvidia-gpu-runtime-rs"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def places(shim: Shim, named: str | None, there: Version) -> Iterator[str]:
 
     A runtime that is `named` is that one, or none.
     """
-    handler = named or HANDLERS[shim]
+    handler = named or default_handler(shim)
     level = f"/{RUST}" if shim is Shim.RUST else ""
     for prefix in PREFIXES:
         base = f"{prefix}/{DEFAULTS}"

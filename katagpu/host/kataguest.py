@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from katagpu.kataversions import Shim
 
 HOME = "/opt/kata/share/kata-containers/katagpu"
 CURRENT = f"{HOME}/current"
-MANIFEST, DROP_IN = "manifest", "50-katagpu"
+DROP_IN = "50-katagpu"
 Kind = TypeVar("Kind")
 
 
@@ -78,17 +79,22 @@ def load(machine: Machine, place: str | None) -> Guest:
     return Guest(machine.real(place), facts, settings)
 
 
+def manifest(machine: Machine, place: str) -> str | None:
+    """The manifest in a directory of a release, where its name has the version, or of a build."""
+    return next((f"{place}/{name}" for name in machine.names(place)
+                 if re.fullmatch(r"manifest(-.*)?\.json", name)), None)
+
+
 def _manifest(machine: Machine, place: str) -> Mapping[str, Any]:
-    names = [name for name in machine.names(place)
-             if name.startswith(MANIFEST) and name.endswith(".json")]
-    if not names:
+    path = manifest(machine, place)
+    if path is None:
         raise UserError(f"{place} has no manifest.json", hint="it is no guest of katagpu's")
     try:
-        found = json.loads(machine.raw(f"{place}/{names[0]}") or b"")
+        found = json.loads(machine.raw(path) or b"")
     except ValueError as failure:
-        raise UserError(f"{place}/{names[0]}: {failure}", hint="take the release again") from None
+        raise UserError(f"{path}: {failure}", hint="take the release again") from None
     if not isinstance(found, dict) or found.get("schema") != 1:
-        raise UserError(f"{place}/{names[0]} is of a schema that is not known here",
+        raise UserError(f"{path} is of a schema that is not known here",
                         hint="take the katagpu-host.pyz of that release")
     return found
 

@@ -11,8 +11,9 @@ from katagpu.errors import UserError
 from katagpu.host import command, configure, pci, vfio
 from katagpu.host.command import Answer, Commands
 from katagpu.host.configure import Goal
-from katagpu.host.katafiles import HANDLERS, PROGRAMS
+from katagpu.host.katafiles import PROGRAMS
 from katagpu.host.machine import Machine
+from katagpu.kataconfig import default_handler
 from katagpu.kataversions import Shim
 
 CONTAINERD = "/etc/containerd/config.toml"
@@ -72,7 +73,8 @@ def containerd(machine: Machine, goal: Goal, image: str) -> str:
                         hint="containerd config migrate brings it to version 2 or 3")
     name = name_of(goal)
     table = f'plugins."{PLUGINS[number]}".containerd.runtimes.{name}'
-    head = "is there already, by kata-deploy; compare it" if name[5:] in HANDLERS.values() \
+    known = [f"kata-{default_handler(shim)}" for shim in Shim]
+    head = "is there already, by kata-deploy; compare it" if name in known \
         else "append it, then: systemctl restart containerd"
     return f"""\
 # {CONTAINERD} (version {number}): {head}

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from katagpu.errors import UserError
-from katagpu.host.kataguest import CURRENT
+from katagpu.host import kataguest
 from katagpu.host.machine import Machine
 from katagpu.host.pci import Function
 from katagpu.host.verdict import Verdict, failed, passed, warned
@@ -43,13 +43,9 @@ def generation(device: str) -> str | None:
 
 def manifest(machine: Machine, given: str | None) -> tuple[str, dict[str, Any]] | None:
     """The manifest that is named, else that of the installed release. Raises `UserError`."""
-    place = given
+    place = given or kataguest.manifest(machine, kataguest.CURRENT)
     if place is None:
-        names = [name for name in machine.names(CURRENT)
-                 if re.fullmatch(r"manifest(-.*)?\.json", name)]
-        if not names:
-            return None
-        place = f"{CURRENT}/{names[0]}"
+        return None
     data = machine.raw(place)
     if data is None:
         raise UserError(f"{place} cannot be read", hint="--manifest names the manifest.json of a "

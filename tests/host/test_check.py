@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from katagpu import nvbranches
 from katagpu.host import kataguest, support
 from tests import hosttree
 from tests.host import katatree
@@ -332,6 +333,20 @@ def test_an_id_that_nobody_knows(host: Make) -> None:
     ("0020", None), ("ffff", None)])
 def test_generations(device: str, name: str | None) -> None:
     assert support.generation(device) == name
+
+
+@pytest.mark.parametrize(("number", "flavour", "first"), [
+    (branch.number, flavour, first) for branch in nvbranches.BRANCHES
+    for flavour, first in (("closed", branch.closed), ("open", branch.open)) if first])
+def test_generations_are_driven_as_the_builds_table_says(
+        number: int, flavour: str, first: str) -> None:
+    """The two tables are apart, since a GPU host has the standard library only."""
+    names = list(support.FIRST)
+    for name in names:
+        refused = support._problem(name, flavour, f"{number}.1.1") is not None
+        older = names.index(name) < names.index(first)
+        newer = support.FIRST[name] > number
+        assert refused is (older or newer or (flavour == "closed" and name == "Blackwell")), name
 
 
 def test_no_guest_is_named(host: Make) -> None:
