@@ -33,8 +33,15 @@ PROGRAMS: Mapping[str, str] = {
 ROOTLESS: Mapping[str, str] = {"newuidmap": "uidmap"}
 """What a user who is not root needs besides."""
 
-TESTS: Mapping[str, str] = {"newuidmap": "uidmap", "shellcheck": "shellcheck"}
-"""What tests need besides: builds without root rights are tried as root, too."""
+TESTS: Mapping[str, str] = {
+    "cpio": "cpio",
+    "mtree": "mtree-netbsd",
+    "newuidmap": "uidmap",  # builds without root rights are tried as root, too
+    "sfdisk": "fdisk",
+    "shellcheck": "shellcheck",
+    "veritysetup": "cryptsetup-bin",
+}
+"""What tests need besides."""
 
 FILES: Mapping[str, str] = {
     "/etc/ssl/certs/ca-certificates.crt": "ca-certificates",

@@ -38,8 +38,8 @@ STAGES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-ON_A_BUILD = ("tests/default", "tests/boot/test_qemu.py", "tests/boot/test_real.py")
-"""Tests that need the default build."""
+ON_A_BUILD = ("tests/default", "tests/boot", "tests/host")
+"""Where the tests are that need the default build (`built`), or a QEMU that it names (`qemu`)."""
 
 
 def config() -> dict[str, Any]:
@@ -345,15 +345,23 @@ def test() -> Task:
         everything = _is_set(_context(), "all")
         hostsetup.ensure_tests()
         log.say("> the test suite" + (", with the long tests" if everything else ""))
-        chosen = [] if everything else ["-m", "not slow"]
-        call(["pytest", "-q", "tests", "--ignore=tests/default", *chosen], "the suite failed")
+        chosen = "" if everything else " and not slow"
+        call(["pytest", "-q", *_side_by_side(), "-m", f"not built and not qemu{chosen}", "tests"],
+             "the suite failed")
         call(["python", "-m", "katagpu", "build_image"], "the default build failed")
         log.say("> the checks of the default guest, in virtual machines too")
         with _machines() as machines:
-            call(["pytest", "-q", *ON_A_BUILD, *chosen], "the default guest's checks failed",
-                  **machines)
+            call(["pytest", "-q", "-m", f"(built or qemu){chosen}", *ON_A_BUILD],
+                 "the default guest's checks failed", **machines)
 
     return plain(run, "the fast suite, then the default build and its checks (all=1: long ones)")
+
+
+def _side_by_side() -> list[str]:
+    """pytest's words for one process for each processor; the tests of a file stay together."""
+    from katagpu.stages.api import jobs
+
+    return ["-n", str(jobs()), "--dist", "loadfile"] if jobs() > 1 else []
 
 
 @contextlib.contextmanager

@@ -82,7 +82,8 @@ def given(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
 
 
 BUILD = ["python", "-m", "katagpu", "build_image"]
-SUITE = ["pytest", "-q", "tests", "--ignore=tests/default"]
+SUITE = ["pytest", "-q", "-n", "2", "--dist", "loadfile", "-m"]
+ON_A_BUILD = ["QEMU=qemu -x", "pytest", "-q", "-m"]
 
 
 def test_the_test_task_is_the_suite_then_the_build_then_its_checks(
@@ -90,15 +91,26 @@ def test_the_test_task_is_the_suite_then_the_build_then_its_checks(
 ) -> None:
     given(monkeypatch)
     monkeypatch.setattr(tasks, "_machines", lambda: contextlib.nullcontext({"QEMU": "qemu -x"}))
-    default = ["pytest", "-q", "tests/default", "tests/boot/test_qemu.py",
-               "tests/boot/test_real.py"]
+    monkeypatch.setenv("KATAGPU_JOBS", "2")
+    places = ["tests/default", "tests/boot", "tests/host"]
     assert action(tasks.test())() is True
-    assert calls == [[*SUITE, "-m", "not slow"], BUILD,
-                     ["QEMU=qemu -x", *default, "-m", "not slow"]]
+    assert calls == [[*SUITE, "not built and not qemu and not slow", "tests"], BUILD,
+                     [*ON_A_BUILD, "(built or qemu) and not slow", *places]]
     calls.clear()
     given(monkeypatch, all="1")
     action(tasks.test())()
-    assert calls == [SUITE, BUILD, ["QEMU=qemu -x", *default]]
+    assert calls == [[*SUITE, "not built and not qemu", "tests"], BUILD,
+                     [*ON_A_BUILD, "(built or qemu)", *places]]
+
+
+def test_one_processor_runs_one_test_at_a_time(
+    calls: list[list[str]], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given(monkeypatch)
+    monkeypatch.setattr(tasks, "_machines", lambda: contextlib.nullcontext({}))
+    monkeypatch.setenv("KATAGPU_JOBS", "1")
+    action(tasks.test())()
+    assert calls[0] == ["pytest", "-q", "-m", "not built and not qemu and not slow", "tests"]
 
 
 def test_lint_runs_all_of_its_programs(calls: list[list[str]]) -> None:

@@ -16,10 +16,10 @@ from katagpu.boot import accel, qemu
 from katagpu.boot.accel import Accel, Kind
 from katagpu.boot.qemu import Qemu
 from katagpu.errors import UserError
+from tests.machines import QEMU, needs_qemu
 
 from . import standin
 
-QEMU = os.environ.get("KATAGPU_TEST_QEMU", "")  # the tests' environment has none of our variables
 WORKS = f"exit {accel.DONE}"
 # QEMU 7.2 under a KVM that lacks a register of the processor.
 BROKEN = ("echo 'qemu-system-x86_64: error: failed to set MSR 0x10a to 0x69' >&2\n"
@@ -183,7 +183,7 @@ def test_the_guest_is_a_sector_that_firmware_boots() -> None:
     assert len(accel.SECTOR) == 512 and accel.SECTOR.endswith(b"\x55\xaa")
 
 
-@pytest.mark.skipif(not QEMU, reason="KATAGPU_TEST_QEMU names no QEMU with vfio-user-pci")
+@needs_qemu
 def test_the_guest_runs_in_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a,b").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a,b"))

@@ -18,11 +18,10 @@ from katagpu.boot import process, qemu
 from katagpu.boot.qemu import Qemu
 from katagpu.boot.qmp import Refused
 from katagpu.errors import StepError, TookTooLong, UserError
+from tests.machines import QEMU, needs_qemu
 
 from . import standin
 
-QEMU = os.environ.get("KATAGPU_TEST_QEMU", "")  # the tests' environment has none of our variables
-real = pytest.mark.skipif(not QEMU, reason="KATAGPU_TEST_QEMU names no QEMU with vfio-user-pci")
 BASE = ("-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35", "-m", "64",
         "-accel", "tcg", "-S")
 P = "qemu-system-x86_64: "
@@ -264,7 +263,7 @@ def of_environment() -> Qemu:
     return qemu.look(shlex.split(QEMU))
 
 
-@real
+@needs_qemu
 @pytest.mark.parametrize("name", ["qmp", "a,b"])
 def test_a_real_one_starts_answers_and_quits(tmp_path: Path, name: str) -> None:
     with process.running(of_environment(), BASE, monitor=tmp_path / name,
@@ -279,7 +278,7 @@ def test_a_real_one_starts_answers_and_quits(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / name).exists()
 
 
-@real
+@needs_qemu
 def test_a_real_one_that_is_killed(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="QEMU ended with signal SIGKILL: something killed it"), \
             process.running(of_environment(), BASE, monitor=tmp_path / "qmp",
@@ -291,7 +290,7 @@ def test_a_real_one_that_is_killed(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 5
 
 
-@real
+@needs_qemu
 @pytest.mark.parametrize(("words", "said"), [
     (["-device", "no-such-device"], "does not know what it is asked for"),
     (["-device", "pcie-root-port,nope=1"], "does not know what it is asked for"),
@@ -310,7 +309,7 @@ def test_a_real_one_s_words_are_explained(
     assert said in failed.value.what.splitlines()[0], failed.value.what
 
 
-@real
+@needs_qemu
 def test_a_real_one_with_a_port_in_use_or_a_path_too_long(tmp_path: Path) -> None:
     found = of_environment()
     with socket.create_server(("127.0.0.1", 0)) as holder:

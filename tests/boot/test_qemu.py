@@ -1,14 +1,9 @@
-"""The emulated functions in a real QEMU, seen through QMP after SeaBIOS has given addresses.
-
-KATAGPU_TEST_QEMU is the command that starts a QEMU with vfio-user-pci, with its first arguments:
-`KATAGPU_TEST_QEMU="qemu-system-x86_64 -L /usr/share/qemu"`.
-"""
+"""The emulated functions in a real QEMU, seen through QMP after SeaBIOS has given addresses."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import socket
 import subprocess
@@ -22,12 +17,11 @@ import pytest
 from katagpu.boot.gpu import Gpu, physical_bits, root_port
 from katagpu.boot.pcifunction import GIB, KIB, MIB, Bar, Function
 from katagpu.boot.vfiouser import Server
+from tests.machines import NEEDS_QEMU, QEMU
 
 from .client import wait_for
 
-QEMU = os.environ.get("KATAGPU_TEST_QEMU", "")  # the tests' environment has none of our variables
-pytestmark = pytest.mark.skipif(
-    not QEMU, reason="KATAGPU_TEST_QEMU names no QEMU with vfio-user-pci")
+pytestmark = list(NEEDS_QEMU)
 
 GPU_BARS = {0: (16 * MIB, False, False), 1: (32 * GIB, True, True), 3: (32 * MIB, True, True)}
 PLAIN = Function(vendor=0x1B36, device=5, class_code=0xFF0000, express=False,

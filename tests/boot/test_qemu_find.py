@@ -12,10 +12,10 @@ import pytest
 from katagpu.boot import qemu
 from katagpu.boot.qemu import PROGRAM
 from katagpu.errors import KatagpuError, StepError, TookTooLong, UserError
+from tests.machines import QEMU, needs_qemu
 
 from . import standin
 
-QEMU = os.environ.get("KATAGPU_TEST_QEMU", "")  # the tests' environment has none of our variables
 NOWHERE = UserError("QEMU of trixie-backports cannot be had: the package lists could not be "
                     "fetched:\nE: Unable to connect to mirror", hint="is the network there?")
 
@@ -196,7 +196,7 @@ def test_the_identity_is_another_for_another_program(tmp_path: Path) -> None:
     assert qemu.look([str(program)]).identity not in {first, rebuilt}
 
 
-@pytest.mark.skipif(not QEMU, reason="KATAGPU_TEST_QEMU names no QEMU with vfio-user-pci")
+@needs_qemu
 def test_a_real_one() -> None:
     found = qemu.look(shlex.split(QEMU))
     assert found.vfio_user

@@ -1,7 +1,7 @@
 """A real guest: QEMU, a kernel, and a Go program as /init that answers like Kata's agent.
 
-KATAGPU_TEST_QEMU is the command of a QEMU with vhost-user-vsock-pci, KATAGPU_TEST_KERNEL a kernel
-with virtio-vsock built in. Go's modules come from where Go is told to take them.
+The QEMU (tests/machines.py) has vhost-user-vsock-pci, the kernel virtio-vsock built in. Go's
+modules come from where Go is told to take them.
 """
 
 from __future__ import annotations
@@ -25,17 +25,14 @@ from katagpu.boot import kata_agent, vsocklink
 from katagpu.boot.kata_agent import Serving
 from katagpu.boot.ttrpc import CallFailed, Client
 from katagpu.errors import TookTooLong
+from tests.machines import KERNEL, NEEDS_KERNEL, QEMU
 
-# Tests do not see our variables (tests/conftest.py), so these are read before.
-QEMU = os.environ.get("KATAGPU_TEST_QEMU")
-KERNEL = os.environ.get("KATAGPU_TEST_KERNEL")
 MEMORY = 256 << 20
 READY = 60.0  # seconds; about 2 under TCG on an idle machine
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(QEMU is None or KERNEL is None,
-                       reason="needs KATAGPU_TEST_QEMU and KATAGPU_TEST_KERNEL"),
+    *NEEDS_KERNEL,
     pytest.mark.skipif(shutil.which("go") is None, reason="needs go"),
 ]
 
@@ -65,7 +62,6 @@ def initrd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def guest(initrd: Path, tmp_path: Path) -> Iterator[Guest]:
-    assert QEMU is not None and KERNEL is not None
     serial = tmp_path / "serial"
     with vsocklink.link(tmp_path) as link:
         machine = subprocess.Popen(

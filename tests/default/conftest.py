@@ -19,6 +19,13 @@ from tests.splitguest import Split
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this directory is of the default build."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.built)
+
+
 @pytest.fixture(scope="session")
 def context() -> Context:
     """The context of the default recipe, without any override of this environment."""

@@ -1,13 +1,12 @@
 """`katagpu-host.pyz` on a real kernel: Debian's, in QEMU, with an IOMMU and an emulated GPU.
 
-KATAGPU_TEST_QEMU is the command of a QEMU with vfio-user-pci, as for tests/boot. Debian's packages
-come from the mirror that this machine uses.
+The QEMU is that of tests/boot (tests/machines.py). Debian's packages come from the
+mirror that this machine uses.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -20,16 +19,15 @@ from katagpu.boot.gpu import Gpu
 from katagpu.boot.vfiouser import Server
 from katagpu.release import pyz
 from tests.host import realguest
+from tests.machines import NEEDS_QEMU, QEMU
 
-# Tests do not see our variables (tests/conftest.py), so it is read before.
-QEMU = os.environ.get("KATAGPU_TEST_QEMU")
 MARK = "katagpu-step "  # of steps.py, which only the guest can import
 LASTS = 900.0  # seconds; about 60 under TCG on an idle machine
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(QEMU is None, reason="needs KATAGPU_TEST_QEMU"),
+    *NEEDS_QEMU,
     pytest.mark.skipif(shutil.which("mmdebstrap") is None, reason="needs mmdebstrap"),
 ]
 
@@ -42,7 +40,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     guest = realguest.make(place, {"katagpu-host.pyz": place / "katagpu-host.pyz",
                                    "steps.py": Path(__file__).with_name("steps.py")})
     serial = place / "serial"
-    assert QEMU is not None
     with Server(place / "gpu", Gpu()) as server:
         device = {"driver": "vfio-user-pci", "id": "gpu0", "bus": "rp0",
                   "socket": {"type": "unix", "path": str(server.path)}}
