@@ -20,6 +20,10 @@ PLACE = "/run/katagpu-check"  # the check's own files in the guest
 SPEC = "/var/run/cdi/nvidia.yaml"  # where kata-agent looks
 KIND = "nvidia.com/gpu"
 NO_TOOLKIT = "this guest has no toolkit"
+NEVER_STARTS = ("masked", "not-found", "bad-setting", "error")  # of a unit's LoadState
+NO_SPEC = ("nvidia-cdi.service did not run or failed: kata-agent would wait for it, then fail the "
+           "container")
+SPEC_CURE = "rootfs/: nvidia-refresh.path, nvidia-cdi.service and the udev rule; recipe: toolkit"
 
 
 def _library_path(session: Session) -> dict[str, str]:
@@ -164,10 +168,7 @@ def _specification(session: Session, gpus: int) -> dict[str, Any]:
                                    "-u", "nvidia-cdi.service", "-u", "nvidia-refresh.service"]).said
         raise Failed(f"{SPEC} has {len(_numbered(found))} GPUs, and {gpus} are plugged in" if found
                      else f"there is no {SPEC}", lines,
-                     cause="nvidia-cdi.service did not run or failed: kata-agent would wait for "
-                           "it, then fail the container",
-                     cure="rootfs/: nvidia-refresh.path, nvidia-cdi.service and the udev rule; "
-                          "recipe: toolkit")
+                     cause=NO_SPEC, cure=SPEC_CURE)
     return found
 
 
@@ -210,6 +211,11 @@ def _needs_cdi(session: Session, gpus: int) -> None:
     session.require_driver()
     if len(session.gpus) < gpus:
         raise Skipped(f"{len(session.gpus)} GPUs are in the guest, as another check says")
+    state = session.guest.run(["systemctl", "show", "--property=LoadState", "--value",
+                               "nvidia-cdi.service"]).stdout.strip()
+    if state in NEVER_STARTS:  # then waiting is in vain
+        raise Failed(f"there is no {SPEC}: nvidia-cdi.service is {state}", cause=NO_SPEC,
+                     cure=SPEC_CURE)
 
 
 def cdi_cold(session: Session) -> list[str]:

@@ -177,6 +177,16 @@ def test_cdi_that_is_not_written(made: Scripted) -> None:
         failed(toolkit.cdi_cold, made.session, f"there is no {SPEC}")
 
 
+@pytest.mark.parametrize("state", ["masked", "not-found"])
+def test_cdi_of_a_unit_that_never_starts(made: Scripted, state: str) -> None:
+    """It is said at once, and nothing is put over the driver."""
+    made.tables.programs["^systemctl"] = f"{state}\n"
+    made.session.patience = 3600
+    refusal = failed(toolkit.cdi_cold, made.session, f"nvidia-cdi.service is {state}")
+    assert "did not run" in refusal.cause
+    assert not [line for line in made.guest.ran() if "mount" in line]
+
+
 def test_no_nvml_to_cover(made: Scripted) -> None:
     made.tables.programs["^mount --bind"] = (32, "", "mount point does not exist\n")
     assert failed(toolkit.cdi_cold, made.session, "cannot be covered").lines

@@ -33,7 +33,7 @@ from tests.hookguest import toolkit
 from tests.splitguest import Split
 from tests.toyarchive import missing
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 HOOK = boot.HOOK
 LIBRARIES = "/usr/lib/x86_64-linux-gnu"
@@ -202,7 +202,6 @@ def kernel(booted: Booted, name: str, fragment: str) -> dict[str, Path]:
             **{each: context.store.blob(made[each].blob) for each in ("vmlinux", "vmlinuz")}}
 
 
-@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("fault", KERNELS)
 def test_a_kernel_without(booted: Booted, fault: str) -> None:
     fragment, wanted = KERNELS[fault]
