@@ -14,9 +14,10 @@ from katagpu import log
 from katagpu.embed import MARKER, refuse
 from katagpu.errors import UserError
 from katagpu.files import clone_or_copy, sync
-from katagpu.release import artifact, assemble, layout, notes, registry
+from katagpu.release import artifact, assemble, layout, notes
 from katagpu.release.layout import Release
-from katagpu.release.registry import MANIFEST, Reference, Registry, descriptor
+from katagpu.release.reference import Reference, reference
+from katagpu.release.registry import MANIFEST, Registry, descriptor
 from katagpu.release.source import Pulled
 from katagpu.release.wire import PAUSES, TIMEOUT, is_loopback
 
@@ -36,7 +37,7 @@ def publish(place: Path, to: str, *, licensed: bool, timeout: float = TIMEOUT,
     if not to.startswith("oci:"):
         _to_directory(place, Path(to) / release.id)
         return
-    where = registry.reference(to)
+    where = reference(to)
     if where.digest is not None:
         raise UserError("a release is published under a tag, and not a digest")
     _may_go(release, where, licensed=licensed)

@@ -15,6 +15,7 @@ from typing import IO
 from katagpu.errors import UserError
 from katagpu.release import artifact, layout, registry, signature
 from katagpu.release.layout import File, Release
+from katagpu.release.reference import reference
 from katagpu.release.wire import PAUSES, TIMEOUT
 
 Unit = dict[str, tuple[str, int]]
@@ -85,7 +86,7 @@ class Pulled(Source):
     def __init__(self, text: str, *, timeout: float = TIMEOUT,
                  pauses: Sequence[float] = PAUSES) -> None:
         self.where = text
-        self.reference = registry.reference(text)
+        self.reference = reference(text)
         self.registry = registry.Registry(self.reference, timeout=timeout, pauses=pauses)
         found = self.registry.manifest(self.reference.name)
         if found is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,18 @@ from katagpu import embed
 from katagpu.errors import UserError
 from katagpu.release import artifact, install, layout, publish, registry
 from katagpu.release.host import Host
+from katagpu.release.reference import reference
 from katagpu.release.source import Pulled
 from tests.release import toyrelease
-from tests.release.conftest import PASSWORD, USER, Keys, Server, Starter, docker_config
+from tests.release.conftest import (
+    PASSWORD,
+    USER,
+    Keys,
+    Server,
+    Starter,
+    certificate,
+    docker_config,
+)
 from tests.release.faulty import Fault, Proxy, before
 
 PAUSES = (0.01, 0.01)
@@ -71,6 +79,22 @@ def test_publish_and_install(server: Server, place: Path, keys: Keys, tmp_path: 
     assert sorted(sorted(unit) for unit in attached) == [
         [layout.SUMS, layout.SIGNATURE], ["provenance-1.0.0.intoto.jsonl"]]
     installs(f"{to}:1.0.0", keys, tmp_path)
+
+
+def test_another_client_pulls_it(server: Server, place: Path, tmp_path: Path) -> None:
+    """oras-py, which knows nothing of this one: the artifact, and what refers to it."""
+    from oras.client import OrasClient
+
+    to = f"{server.host}/guests/toy"
+    push(place, f"oci://{to}:1.0.0")
+    one = registry.Registry(reference(f"oci://{to}:1.0.0"))
+    found = one.manifest("1.0.0")
+    assert found is not None
+    client = OrasClient(hostname=server.host, insecure=True)
+    for name in (":1.0.0", *(f"@{entry['digest']}" for entry in one.referrers(found[1]))):
+        client.pull(target=f"{to}{name}", outdir=str(tmp_path / "pulled"))
+    assert {path.name: layout.digest(path) for path in (tmp_path / "pulled").iterdir()} == {
+        path.name: layout.digest(path) for path in place.iterdir()}
 
 
 def test_twice_is_once(proxy: Proxy, place: Path, keys: Keys) -> None:
@@ -144,7 +168,7 @@ def test_a_registry_that_keeps_other_bytes(server: Server, place: Path, keys: Ke
 
 def attach(where: str, place: Path, names: list[str], subject: dict[str, Any]) -> None:
     """Somebody else attaches files as a signature."""
-    one = registry.Registry(registry.reference(where), pauses=PAUSES)
+    one = registry.Registry(reference(where), pauses=PAUSES)
     layers = []
     for name in names:
         digest = layout.digest(place / name)
@@ -165,7 +189,7 @@ def test_a_signature_of_somebody_else(server: Server, place: Path, keys: Keys, o
     host.prefix.mkdir()
     with pytest.raises(UserError, match="is not by the key"):
         install.install(to, host, key=keys.public)
-    one = registry.Registry(registry.reference(to))
+    one = registry.Registry(reference(to))
     found = one.manifest("1.0.0")
     assert found is not None
     attach(to, place, [layout.SUMS, layout.SIGNATURE],
@@ -177,7 +201,7 @@ def test_a_signature_of_somebody_else(server: Server, place: Path, keys: Keys, o
 def test_what_is_no_release(server: Server, place: Path, keys: Keys, tmp_path: Path) -> None:
     to = f"oci://{server.host}/toy"
     push(place, f"{to}:1.0.0")
-    other = next(entry["digest"] for entry in registry.Registry(registry.reference(to)).referrers(
+    other = next(entry["digest"] for entry in registry.Registry(reference(to)).referrers(
         Pulled(f"{to}:1.0.0").digest))
     with pytest.raises(UserError, match="is no release of katagpu"):
         Pulled(f"{to}@{other}")
@@ -264,11 +288,7 @@ def test_a_password_stays_with_its_registry(
 
 def test_tls(start_registry: Starter, place: Path, keys: Keys, tmp_path: Path,
              monkeypatch: pytest.MonkeyPatch) -> None:
-    cert, key = tmp_path / "tls.pem", tmp_path / "tls.key"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
-         "-nodes", "-keyout", key, "-out", cert, "-days", "2", "-subj", "/CN=toy",
-         "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    cert, key = certificate(tmp_path)
     server = start_registry(password=True, tls=(cert, key))
     monkeypatch.setenv("REGISTRY_AUTH_FILE", str(docker_config(tmp_path / "auth", server.host)))
     to = f"oci://{server.host}/toy:1.0.0"
