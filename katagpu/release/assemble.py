@@ -90,10 +90,7 @@ def make(order: Order, top: Path) -> Path:
 def _staging(top: Path, name: str) -> Iterator[Path]:
     """A directory beside the release, gone afterwards where it was not renamed."""
     top.mkdir(parents=True, exist_ok=True)
-    for left in top.glob(f".{name}.*.part"):
-        pid = left.name.rsplit(".", 2)[1]
-        if not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(left)
+    sweep(top, name)
     part = top / f".{name}.{os.getpid()}.part"
     part.mkdir()
     try:
@@ -103,6 +100,14 @@ def _staging(top: Path, name: str) -> Iterator[Path]:
                         hint="nothing of it is left there") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def sweep(top: Path, name: str) -> None:
+    """Remove what runs that were killed left half-made of a release."""
+    for left in top.glob(f".{name}.*.part"):
+        pid = left.name.rsplit(".", 2)[1]
+        if not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left)
 
 
 def _previous(top: Path, order: Order, known: Release | None) -> str | None:
@@ -201,10 +206,22 @@ def _digests(directory: Path) -> dict[str, str]:
     return {path.name: layout.digest(path) for path in sorted(directory.iterdir())}
 
 
+def _sums(place: Path) -> dict[str, str]:
+    try:
+        return layout.parse_sums((place / layout.SUMS).read_bytes(), str(place))
+    except OSError as refusal:
+        raise UserError(f"{place / layout.SUMS} cannot be read: {refusal.strerror}",
+                        hint=notes.AGAIN) from None
+
+
 def damaged(place: Path) -> list[str]:
-    """The files of a release that are not what its sums say, or are not in them."""
-    sums = layout.parse_sums((place / layout.SUMS).read_bytes(), str(place))
-    found = _digests(place)
+    """The files of a release that are not what its sums say, or are not in them.
+
+    Raises `UserError` where it has no sums.
+    """
+    sums = _sums(place)
+    found = {path.name: layout.digest(path) if path.is_file() else "no file"
+             for path in sorted(place.iterdir())}
     for name in (layout.SUMS, layout.SIGNATURE):
         found.pop(name, None)
     return sorted(name for name in {**sums, **found} if sums.get(name) != found.get(name))
@@ -212,7 +229,7 @@ def damaged(place: Path) -> list[str]:
 
 def _must_be_the_same(place: Path, sums: bytes, *, signed: bool) -> None:
     """Raise `UserError` where a version that is there has other content."""
-    was = layout.parse_sums((place / layout.SUMS).read_bytes(), str(place))
+    was = _sums(place)
     now = layout.parse_sums(sums, "this build")
     other = sorted(name for name in {**was, **now} if was.get(name) != now.get(name))
     if other or signed != (place / layout.SIGNATURE).exists():
