@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +57,11 @@ def versioned(name: str, version: str) -> str:
     return f"{stem}-{version}{name[len(stem):]}"
 
 
-def make(order: Order, top: Path) -> Path:
-    """Make the release below `top`, or find it made; its directory. Raises `UserError`."""
+def make(order: Order, top: Path, confirm: Callable[[], None] | None = None) -> Path:
+    """Make the release below `top`, or find it made; its directory. Raises `UserError`.
+
+    `confirm` is asked before it gets its name, and raises where it must not.
+    """
     layout.version(order.version)
     place = top / f"{order.recipe}-{order.version}"
     known = notes.read(place) if place.exists() else None
@@ -72,6 +75,8 @@ def make(order: Order, top: Path) -> Path:
         sums = layout.render_sums(_digests(part))
         _sign(order, part, place, sums)
         (part / layout.SUMS).write_bytes(sums)
+        if confirm is not None:
+            confirm()
         if known is not None:
             _must_be_the_same(place, sums, signed=order.signer is not None)
             log.say(f"release: {place} is made already, with the same bytes")

@@ -179,3 +179,13 @@ def test_what_is_no_whole_release(tmp_path: Path) -> None:
         (place / name).unlink()
         with pytest.raises(UserError, match=rf"{name} cannot be read[\s\S]*remove the directory"):
             toyrelease.make(tmp_path)
+
+
+def test_what_is_not_confirmed_gets_no_name(tmp_path: Path) -> None:
+    def confirm() -> None:
+        raise UserError("the repository changed")
+
+    order = toyrelease.order(tmp_path / "build")
+    with pytest.raises(UserError, match="the repository changed"):
+        assemble.make(order, tmp_path / "release", confirm=confirm)
+    assert list((tmp_path / "release").iterdir()) == []
