@@ -35,6 +35,7 @@ class Fault:
     body: bytes = b""
     answer: Callable[[bytes], bytes] | None = None
     short: int | None = None  # the answer's body breaks off after so many bytes
+    chunked: bool = False  # the body of a `status` is given in chunks, as it is sent
 
 
 @dataclass
@@ -82,7 +83,8 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.proxy.fault(self.command, self.path) or Fault("", "")
         time.sleep(fault.pause)
         if fault.status is not None:
-            self._answer(fault.status, fault.headers, fault.body, fault.short)
+            self._answer(fault.status, fault.headers, fault.body, fault.short,
+                         chunked=fault.chunked)
             return
         if fault.cut is not None:
             self._cut(body[:fault.cut], len(body))
@@ -126,13 +128,14 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _answer(self, status: int, headers: dict[str, str], body: bytes,
-                short: int | None = None) -> None:
+                short: int | None = None, *, chunked: bool = False) -> None:
         self.send_response(status)
         for name, value in headers.items():
             if name.lower() not in ("content-length", "transfer-encoding", "connection"):
                 self.send_header(name, value)
         size = headers.get("Content-Length") if self.command == "HEAD" else str(len(body))
-        self.send_header("Content-Length", size or "0")
+        self.send_header(*(("Transfer-Encoding", "chunked") if chunked
+                           else ("Content-Length", size or "0")))
         self.end_headers()
         with contextlib.suppress(OSError):  # nobody waited
             self.wfile.write(body[:short])

@@ -227,16 +227,20 @@ def test_an_upload_whose_end_always_fails_comes_to_an_end(
     assert proxy.count("PUT") == len(PAUSES) + 1
 
 
-def test_a_registry_that_breaks_off_its_refusal(proxy: Proxy, blob: Path) -> None:
-    proxy.faults = [Fault("POST", "uploads", status=403, body=b"?" * 99, short=1)]
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_registry_that_breaks_off_its_refusal(proxy: Proxy, blob: Path, chunked: bool) -> None:
+    proxy.faults = [Fault("POST", "uploads", status=403, chunked=chunked, short=9,
+                          body=b"ff\r\n" + b"?" * 99)]
     with pytest.raises(UserError, match=r"refuses to push to some/thing \(status 403\)"):
         client(proxy.host).push_blob(blob, digest(blob), "it")
 
 
-def test_a_token_that_breaks_off(proxy: Proxy, blob: Path) -> None:
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_token_that_breaks_off(proxy: Proxy, blob: Path, chunked: bool) -> None:
     challenge = {"WWW-Authenticate": f'Bearer realm="http://{proxy.host}/token",service="toy"'}
     proxy.faults = [Fault("POST", "uploads", status=401, headers=challenge, times=9),
-                    Fault("GET", "/token", status=200, body=b'{"token": "x"}', short=3, times=9)]
+                    Fault("GET", "/token", status=200, times=9, chunked=chunked, short=9,
+                          body=b'ff\r\n{"token": "x"}')]
     with pytest.raises(UserError, match="the answer ended early"):
         client(proxy.host).push_blob(blob, digest(blob), "it")
 
