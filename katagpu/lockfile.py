@@ -133,10 +133,25 @@ def read(path: Path, recipe: str) -> LockFile | None:
                         f"{_digest(body)[:12]}…, and its first line says {str(said)[:12]}…",
                         hint=f"{kept}; a part of it moves with "
                              f"`{command(recipe)} update=PART`")
-    if found["recipe"] != recipe:
+    if found.get("recipe") not in (None, recipe):
         raise UserError(f"{path} is the lock of another recipe, {found['recipe']!r}",
                         hint=f"`{command(recipe)}` makes the lock of {recipe}")
-    return msgspec.convert(found, LockFile)
+    try:
+        return _whole(msgspec.convert(found, LockFile))
+    except msgspec.ValidationError as wrong:
+        raise UserError(f"{path} is not a lock that this version of katagpu reads: {wrong}",
+                        hint=again) from None
+
+
+def _whole(lock: LockFile) -> LockFile:
+    """A lock that names every archive that it has. Raises `msgspec.ValidationError` for others."""
+    for name, part in lock.parts.items():
+        for debs in part.packages.values():
+            for deb in debs:
+                if deb.archive not in lock.archives:
+                    raise msgspec.ValidationError(f"{deb.package} of the part {name} is of the "
+                                                  f"archive {deb.archive!r}, which has no address")
+    return lock
 
 
 def command(recipe: str) -> str:

@@ -101,6 +101,9 @@ def named(words: str, known: Iterable[str]) -> list[Part]:
 # archives
 
 
+REPOSITORY = "repository-"  # begins the name of an archive beside a distribution's
+
+
 def sets(recipe: Recipe) -> dict[str, Distribution]:
     """The distributions that packages come from, by the names of their sets of archives."""
     found = dict(request.distributions(recipe))
@@ -124,7 +127,7 @@ def origins(recipe: Recipe, root: Path) -> dict[str, str]:
         found[name] = each.fallback_mirror if each.mirror == "host" else each.mirror
         if each.security_mirror is not None:
             found[f"{name}-security"] = each.security_mirror
-    found |= {f"repository-{name}": each.archive.uri
+    found |= {f"{REPOSITORY}{name}": each.archive.uri
               for name, each in request.repositories(recipe, root).items()}
     return {name: address.rstrip("/") for name, address in found.items()}
 
@@ -136,6 +139,6 @@ def here(recipe: Recipe, root: Path) -> dict[str, str]:
         for archive in request.archives(each, root):
             security = archive.suites[0].endswith("-security")
             found[f"{name}-security" if security else name] = archive.uri
-    found |= {f"repository-{name}": each.archive.uri
+    found |= {f"{REPOSITORY}{name}": each.archive.uri
               for name, each in request.repositories(recipe, root).items()}
     return {name: address.rstrip("/") for name, address in found.items()}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from katagpu import statement
+from katagpu import emulator, request, statement
 from katagpu.keys import file_digest
-from katagpu.lock import Lock
+from katagpu.lock import Deb, Lock
+from katagpu.lockparts import OF_GROUP, REPOSITORY, Part
 from katagpu.plan import Plan
 from katagpu.schema import DriverSource, KernelSource, Recipe, ToolkitSource
 from katagpu.stages.api import unpacked_tree
@@ -17,10 +18,18 @@ from katagpu.statement import Material, go_module, packages, purl
 
 def of(recipe: Recipe, lock: Lock, plan: Plan, root: Path) -> list[Material]:
     """All of them, for a guest whose stages are made; `root` is the repository."""
-    distribution = recipe.distribution
-    return [*packages(lock, str(distribution.id), distribution.suite), *_kernel(recipe, lock, plan),
-            *_driver(recipe, plan), *_toolkit(recipe, plan, root), *_agent(recipe, plan),
-            *_signer(recipe, root)]
+    return [*packages(lock, lambda group, deb: _origin(recipe, group, deb)),
+            *_kernel(recipe, lock, plan), *_driver(recipe, plan), *_toolkit(recipe, plan, root),
+            *_agent(recipe, plan), *_signer(recipe, root)]
+
+
+def _origin(recipe: Recipe, group: str, deb: Deb) -> tuple[str, str]:
+    """Who a package is of, and the suite. Tools and emulator may be of another distribution."""
+    if deb.archive.startswith(REPOSITORY):
+        return "nvidia", ""
+    others = {Part.TOOLS: request.tools_of(recipe), Part.EMULATOR: emulator.distribution(recipe)}
+    distribution = others.get(OF_GROUP[group], recipe.distribution)
+    return str(distribution.id), distribution.suite
 
 
 def _identity(plan: Plan, stage: str, output: str) -> str:

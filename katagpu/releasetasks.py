@@ -48,8 +48,10 @@ def release() -> Task:
         tasks.call(["python", "-m", "katagpu", f"recipe={context.recipe.name}", "ccache=0",
                     "boot_check"], "there is no release of a guest that fails")
         context.forget()
+        preflight.unchanged(ROOT, commit)
         with log.step(f"release {context.recipe.name} {version}"):
-            place = assemble.make(order(context, version, commit, signer), _top())
+            place = assemble.make(order(context, version, commit, signer), _top(),
+                                  confirm=lambda: preflight.unchanged(ROOT, commit))
         if signer is None:
             log.warn("this release is not signed, as was asked for")
         shown = os.path.relpath(place)
@@ -78,10 +80,12 @@ def _built(context: Context, lock: Lock, commit: str, version: str) -> Built:
     from msgspec import to_builtins
 
     from katagpu import materials
+    from katagpu.release import preflight
     from katagpu.statement import Built, Material
 
     recipe, plan = context.recipe, context.plan
-    repository = Material(uri="git+katagpu", name="repository", digest={"gitCommit": commit})
+    repository = Material(uri=preflight.repository(context.root), name="repository",
+                          digest={"gitCommit": commit})
     actions = {stage: plan.digest(stage) or "" for stage in plan.closure("manifest")}
     return Built(recipe=to_builtins(recipe), actions=actions, overrides={"version": version},
                  materials=[repository, *materials.of(recipe, lock, plan, context.root)])

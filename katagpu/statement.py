@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from katagpu import keys
 from katagpu.errors import UserError
-from katagpu.lock import Lock
-from katagpu.tree import EPOCH
+from katagpu.lock import Deb, Lock
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
@@ -56,7 +54,8 @@ class Built:
 def statement(subjects: Mapping[str, str], built: Built) -> dict[str, Any]:
     """The statement on artifacts: their SHA-256 by name. Raises `UserError` for what is none.
 
-    The invocation's id is made of the content: two runs of the same build are one invocation.
+    The invocation's id is made of the content: two runs of the same build are one invocation, of
+    which no time is said.
     """
     if not subjects:
         raise UserError("a statement needs at least one artifact", hint="build the guest first")
@@ -75,7 +74,6 @@ def statement(subjects: Mapping[str, str], built: Built) -> dict[str, Any]:
     builder: dict[str, Any] = {"id": built.builder}
     if built.versions:
         builder["version"] = dict(sorted(built.versions.items()))
-    time = datetime.fromtimestamp(EPOCH, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
         "_type": STATEMENT,
         "subject": [{"name": name, "digest": {"sha256": digest}}
@@ -83,8 +81,7 @@ def statement(subjects: Mapping[str, str], built: Built) -> dict[str, Any]:
         "predicateType": PREDICATE,
         "predicate": {"buildDefinition": definition, "runDetails": {
             "builder": builder,
-            "metadata": {"invocationId": f"sha256:{keys.digest(definition)}",
-                         "startedOn": time, "finishedOn": time}}}}
+            "metadata": {"invocationId": f"sha256:{keys.digest(definition)}"}}}}
 
 
 def _descriptor(material: Material) -> dict[str, Any]:
@@ -92,15 +89,19 @@ def _descriptor(material: Material) -> dict[str, Any]:
     return {**named, "uri": material.uri, "digest": dict(sorted(material.digest.items()))}
 
 
-def packages(lock: Lock, distribution: str, suite: str) -> list[Material]:
-    """The packages of a lock, each once. By name and digest: which mirror had them says nothing."""
+def packages(lock: Lock, origin: Callable[[str, Deb], tuple[str, str]]) -> list[Material]:
+    """The packages of a lock, each once. By name and digest: which mirror had them says nothing.
+
+    `origin` says who a group's package is of: a distribution with its suite, or others with none.
+    """
     found: dict[str, Material] = {}
     for group in sorted(lock.groups):
         for deb in lock.groups[group]:
+            namespace, suite = origin(group, deb)
             found.setdefault(deb.sha256, Material(
                 name=f"{group}: {deb.package}", digest={"sha256": deb.sha256}, uri=purl(
-                    "deb", distribution, deb.package, version=deb.version, arch=deb.architecture,
-                    distro=suite if group not in ("stage0", "imagetools") else "")))
+                    "deb", namespace, deb.package, version=deb.version, arch=deb.architecture,
+                    distro=suite)))
     return list(found.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -135,6 +136,21 @@ def test_another_recipe_s(path: Path) -> None:
 def test_a_format_of_another_day(path: Path) -> None:
     lockfile.write(replace(LOCK, format=99), path)
     assert "not a lock that this version of katagpu reads" in refused(path)
+
+
+@pytest.mark.parametrize(("before", "after", "said"), [
+    ('"recipe": "toy",', '', "missing required field `recipe`"), ('"size":', '"sizes":', "size"),
+    ('"guest": "http', '"another": "http', "archive 'guest', which has no address"),
+    ('"asked":', '"wanted":', "unknown field `wanted`"), ('"size": 7', '"size": "7"', "Expected")])
+def test_an_edit_with_a_digest_of_its_own(path: Path, before: str, after: str, said: str) -> None:
+    """As of a script that mends the first line too."""
+    body = path.read_text().partition(",\n")[2]
+    assert before in body
+    body = body.replace(before, after, 1)
+    sha256 = hashlib.sha256(body.encode()).hexdigest()
+    path.write_text(f'{{\n "sha256": "{sha256}",\n{body}')
+    assert "is not a lock that this version of katagpu reads" in refused(path)
+    assert said in refused(path)
 
 
 def test_line_ends_of_another_system(path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from katagpu import guest, keys, materials, recipe
+from katagpu import guest, keys, lockparts, materials, recipe, request
 from katagpu.lock import Deb, Lock
 from katagpu.plan import Plan
 from katagpu.schema import Agent, DriverSource, KernelSource, Recipe, Sign, ToolkitSource
@@ -68,6 +68,24 @@ def test_of_the_default_recipe(default: Recipe, plan: Plan) -> None:
         "pkg:deb/debian/linux-source-6.12@6.12.9-1?arch=all&distro=trixie": {"sha256": "1" * 64},
         "pkg:generic/linux@6.12.9-1": {"sha256": action.outputs["tarball"].identity},
         "pkg:golang/x.example/Tool@v1.0.0": {"dirHash": EMPTY}}
+
+
+def test_packages_of_another_distribution_than_the_guest(plan: Plan) -> None:
+    """Ubuntu's guests are made with Debian's tools, and some packages are NVIDIA's."""
+    chosen = recipe.load("ubuntu-lts", ROOT)
+    archives = {"stage0": "tools", "imagetools": "tools", "emulator": "tools", "base": "guest",
+                "toolchain": "guest", "services": f"{lockparts.REPOSITORY}nvidia"}
+    lock = Lock(recipe=chosen.name, request="", groups={
+        group: (Deb(package=group, version="1", architecture="amd64", url="", size=1,
+                    sha256=f"{number:064x}", archive=archive),)
+        for number, (group, archive) in enumerate(archives.items())})
+    found = {each.uri for each in materials.of(chosen, lock, plan, ROOT)}
+    guest, suite = chosen.distribution.suite, request.tools_of(chosen).suite
+    assert {uri for uri in found if uri.startswith("pkg:deb/")} == {
+        *(f"pkg:deb/debian/{name}@1?arch=amd64&distro={suite}"
+          for name in ("stage0", "imagetools", "emulator")),
+        *(f"pkg:deb/ubuntu/{name}@1?arch=amd64&distro={guest}" for name in ("base", "toolchain")),
+        "pkg:deb/nvidia/services@1?arch=amd64"}
 
 
 def test_of_files_and_releases(default: Recipe, plan: Plan, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +57,11 @@ def versioned(name: str, version: str) -> str:
     return f"{stem}-{version}{name[len(stem):]}"
 
 
-def make(order: Order, top: Path) -> Path:
-    """Make the release below `top`, or find it made; its directory. Raises `UserError`."""
+def make(order: Order, top: Path, confirm: Callable[[], None] | None = None) -> Path:
+    """Make the release below `top`, or find it made; its directory. Raises `UserError`.
+
+    `confirm` is asked before it gets its name, and raises where it must not.
+    """
     layout.version(order.version)
     place = top / f"{order.recipe}-{order.version}"
     known = notes.read(place) if place.exists() else None
@@ -72,6 +75,8 @@ def make(order: Order, top: Path) -> Path:
         sums = layout.render_sums(_digests(part))
         _sign(order, part, place, sums)
         (part / layout.SUMS).write_bytes(sums)
+        if confirm is not None:
+            confirm()
         if known is not None:
             _must_be_the_same(place, sums, signed=order.signer is not None)
             log.say(f"release: {place} is made already, with the same bytes")
@@ -90,10 +95,7 @@ def make(order: Order, top: Path) -> Path:
 def _staging(top: Path, name: str) -> Iterator[Path]:
     """A directory beside the release, gone afterwards where it was not renamed."""
     top.mkdir(parents=True, exist_ok=True)
-    for left in top.glob(f".{name}.*.part"):
-        pid = left.name.rsplit(".", 2)[1]
-        if not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(left)
+    sweep(top, name)
     part = top / f".{name}.{os.getpid()}.part"
     part.mkdir()
     try:
@@ -103,6 +105,14 @@ def _staging(top: Path, name: str) -> Iterator[Path]:
                         hint="nothing of it is left there") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def sweep(top: Path, name: str) -> None:
+    """Remove what runs that were killed left half-made of a release."""
+    for left in top.glob(f".{name}.*.part"):
+        pid = left.name.rsplit(".", 2)[1]
+        if not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left)
 
 
 def _previous(top: Path, order: Order, known: Release | None) -> str | None:
@@ -201,10 +211,22 @@ def _digests(directory: Path) -> dict[str, str]:
     return {path.name: layout.digest(path) for path in sorted(directory.iterdir())}
 
 
+def _sums(place: Path) -> dict[str, str]:
+    try:
+        return layout.parse_sums((place / layout.SUMS).read_bytes(), str(place))
+    except OSError as refusal:
+        raise UserError(f"{place / layout.SUMS} cannot be read: {refusal.strerror}",
+                        hint=notes.AGAIN) from None
+
+
 def damaged(place: Path) -> list[str]:
-    """The files of a release that are not what its sums say, or are not in them."""
-    sums = layout.parse_sums((place / layout.SUMS).read_bytes(), str(place))
-    found = _digests(place)
+    """The files of a release that are not what its sums say, or are not in them.
+
+    Raises `UserError` where it has no sums.
+    """
+    sums = _sums(place)
+    found = {path.name: layout.digest(path) if path.is_file() else "no file"
+             for path in sorted(place.iterdir())}
     for name in (layout.SUMS, layout.SIGNATURE):
         found.pop(name, None)
     return sorted(name for name in {**sums, **found} if sums.get(name) != found.get(name))
@@ -212,7 +234,7 @@ def damaged(place: Path) -> list[str]:
 
 def _must_be_the_same(place: Path, sums: bytes, *, signed: bool) -> None:
     """Raise `UserError` where a version that is there has other content."""
-    was = layout.parse_sums((place / layout.SUMS).read_bytes(), str(place))
+    was = _sums(place)
     now = layout.parse_sums(sums, "this build")
     other = sorted(name for name in {**was, **now} if was.get(name) != now.get(name))
     if other or signed != (place / layout.SIGNATURE).exists():

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,30 +59,37 @@ def find(registry: str, repository: str) -> Credentials | None:
 
 def _of(config: Any, registry: str, repository: str, path: Path) -> Credentials | None:
     if not isinstance(config, dict):
-        raise UserError(f"{path} is no Docker configuration")
+        raise UserError(f"{path} is no Docker configuration", hint="docker login writes it anew")
     names = [registry, f"https://{registry}", f"https://{registry}/v1/", f"https://{registry}/v2/"]
     if registry == DOCKER_HUB:
         names.append("https://index.docker.io/v1/")
     parts = repository.split("/")
     names[:0] = [f"{registry}/{'/'.join(parts[:length])}" for length in range(len(parts), 0, -1)]
-    auths, helpers = config.get("auths") or {}, config.get("credHelpers") or {}
     for name in names:
-        helper = helpers.get(name)
-        if helper:
-            return _helped(helper, name)
-        entry = auths.get(name)
-        if entry and entry.get("identitytoken"):
-            return Credentials(token=entry["identitytoken"])
-        if entry and entry.get("auth"):
-            try:
-                user, _, password = base64.b64decode(entry["auth"]).decode().partition(":")
-            except ValueError:
-                raise UserError(f"{path}: the entry of {name} is damaged",
-                                hint=f"docker login {registry}") from None
-            return Credentials(user=user, password=password.rstrip("\0"))
-        if entry is not None and config.get("credsStore"):
-            return _helped(config["credsStore"], name)
+        try:
+            found = _entry(config, name)
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(f"{path}: the entry of {name} is damaged",
+                            hint=f"docker login {registry}") from None
+        if found is not None:
+            return found
     return None
+
+
+def _entry(config: Mapping[str, Any], name: str) -> Credentials | None:
+    """What a configuration has under a name. Raises `ValueError` or its like for a damaged one."""
+    helper = (config.get("credHelpers") or {}).get(name)
+    if helper:
+        return _helped(helper, name)
+    entry = (config.get("auths") or {}).get(name)
+    if entry is None:
+        return None
+    if entry.get("identitytoken"):
+        return Credentials(token=entry["identitytoken"])
+    if entry.get("auth"):
+        user, _, password = base64.b64decode(entry["auth"]).decode().partition(":")
+        return Credentials(user=user, password=password.rstrip("\0"))
+    return _helped(config["credsStore"], name) if config.get("credsStore") else None
 
 
 def _helped(helper: str, server: str) -> Credentials | None:

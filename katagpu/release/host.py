@@ -68,6 +68,7 @@ class Host:
 
         The lock is on a directory: nothing is left of it.
         """
+        self._must_be_inside()
         try:
             self.home.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.home.parent, os.O_RDONLY)
@@ -85,6 +86,20 @@ class Host:
                 raise self.refused(refusal) from None
         finally:
             os.close(handle)
+
+    def _must_be_inside(self) -> None:
+        """Raise `UserError` where a link below the prefix leads out of it, as an absolute one does.
+        """
+        top = self.prefix.resolve()
+        for path in (self.home, *(self.drop_in(source).parent for source in DROP_INS)):
+            try:
+                found = path.resolve()
+            except (OSError, RuntimeError) as bad:  # of links in a circle, until Python 3.12
+                raise UserError(f"{path} cannot be reached: {bad}") from None
+            if not found.is_relative_to(top):
+                raise UserError(f"{path} is {found}, outside {self.prefix}: a link leads there",
+                                hint="let the link be relative and stay below it, or give "
+                                     "prefix= the place that it names")
 
     def refused(self, refusal: OSError) -> UserError:
         """What a refusal of the system means."""
@@ -176,6 +191,10 @@ class Host:
                         shutil.rmtree(path)
                     else:
                         path.unlink()
+        for release in self.releases():
+            for place in (self.home / release, self.home / release / CONFIG):
+                for path in place.glob(".*.part"):  # of a repair
+                    self.remove(path)
         for source in DROP_INS:
             self.remove(self._part(source))
 

@@ -6,21 +6,15 @@ the next run completes what was begun, or sweeps it away.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from katagpu import log
 from katagpu.errors import UserError
-from katagpu.release import layout, source
-from katagpu.release.host import CONFIG, DROP_INS, PLACE, Host, sync, write
-from katagpu.release.layout import File
-from katagpu.release.source import Source, Verified
-
-PLACED = ".placed"  # in a release: the names of its files
-_NAMED = re.compile(re.escape(PLACE) + r"/([A-Za-z0-9._+~-]+)\"")
+from katagpu.release import layout, placed, source
+from katagpu.release.host import CONFIG, DROP_INS, PLACE, Host
+from katagpu.release.layout import Release
+from katagpu.release.placement import Placement
 
 
 def install(text: str, host: Host, *, key: Path | None, unverified: bool = False) -> None:
@@ -38,15 +32,28 @@ def install(text: str, host: Host, *, key: Path | None, unverified: bool = False
         log.warn(f"{text}: the signature is not verified, as was asked for")
     with host.alone():
         recover(host)
-        _must_be_ours(host)
         try:
-            _Plan(found, host).fill(origin)
+            placement = Placement(found, host, origin)
+            _must_be_ours(host, placement.drop_ins.values())
+            placement.fill()
         except (UserError, OSError):
             host.sweep()
             host.remove_directories()
             raise
+        _compare(host.target("current"), found.release)
         switch(host, found.release.id)
     log.say(f"installed: {found.release.id} in {host.home}")
+
+
+def _compare(current: str | None, release: Release) -> None:
+    """Say what may not have been meant: a lower version than the current one, another recipe."""
+    if current is None or current == release.id:
+        return
+    version = current.removeprefix(f"{release.recipe}-")
+    if not layout.VERSION.fullmatch(version):
+        log.note(f"{release.id} takes the place of {current}, which is of another recipe")
+    elif layout.order(release.version) < layout.order(version):
+        log.note(f"{release.id} is older than {current}, which was installed")
 
 
 def rollback(host: Host) -> None:
@@ -112,11 +119,17 @@ def recover(host: Host) -> None:
     """Complete, or sweep away, what an interrupted run left."""
     host.sweep()
     pending = host.target("next")
-    if pending is not None and pending in host.releases():
+    if pending is None:
+        return
+    wrong = list(placed.damaged(host.home / pending))
+    if not wrong:
         log.note(f"an earlier run was interrupted: the switch to {pending} is completed")
         _complete(host, pending)
-    elif pending is not None:
-        host.remove(host.home / "next")
+        return
+    if pending in host.releases():
+        log.warn(f"an earlier run was interrupted, and the switch to {pending} is not completed: "
+                 f"damaged are {', '.join(wrong)}")
+    host.remove(host.home / "next")
 
 
 def switch(host: Host, release: str) -> None:
@@ -125,7 +138,7 @@ def switch(host: Host, release: str) -> None:
     host.link("next", release)
     try:
         _use(host, release)
-    except OSError:
+    except (OSError, UserError):
         if not any(_config(host, release, name) == host.content(name) is not None
                    for name in DROP_INS):
             host.remove(host.home / "next")  # no runtime uses it: there is nothing to complete
@@ -134,8 +147,15 @@ def switch(host: Host, release: str) -> None:
 
 
 def _use(host: Host, release: str) -> None:
-    """Let all runtimes use a release, or leave them what they use. Raises `OSError`."""
-    host.place({name: _config(host, release, name) for name in DROP_INS})
+    """Let all runtimes use a release, or leave them what they use. Raises `OSError`.
+
+    Raises `UserError` where the release has lost its drop-ins: each has one at least.
+    """
+    wanted = {name: _config(host, release, name) for name in DROP_INS}
+    if not any(wanted.values()):
+        raise UserError(f"{release} is damaged: it has no drop-in for Kata any more",
+                        hint="install it again")
+    host.place(wanted)
 
 
 def _complete(host: Host, release: str) -> None:
@@ -163,7 +183,7 @@ def _config(host: Host, release: str, name: str) -> bytes | None:
 def _is_ours(host: Host, name: str) -> bool:
     """Is a drop-in that of a release that is here?"""
     found = host.drop_in(name).read_bytes()
-    return any(found == _config(host, release, name) for release in host.releases())
+    return any(placed.is_drop_in(host.home / release, name, found) for release in host.releases())
 
 
 def _is_of(host: Host, name: str) -> bool:
@@ -172,10 +192,11 @@ def _is_of(host: Host, name: str) -> bool:
     return path.exists() and f"{PLACE}/{host.home.name}/".encode() in path.read_bytes()
 
 
-def _must_be_ours(host: Host) -> None:
-    """Raise `UserError` where a drop-in is not one that was placed here."""
+def _must_be_ours(host: Host, coming: Collection[bytes] = ()) -> None:
+    """Raise `UserError` where a drop-in is not one that was placed here, or is being placed."""
     for name in DROP_INS:
-        if host.drop_in(name).exists() and not _is_ours(host, name):
+        found = host.content(name)
+        if found is not None and found not in coming and not _is_ours(host, name):
             raise UserError(f"{host.drop_in(name)} is not as it was placed here",
                             hint="move it away; settings of your own belong into a file beside it, "
                                  "60-mine.toml, which Kata reads after it")
@@ -187,151 +208,11 @@ def _must_have_some(host: Host) -> None:
 
 
 def _health(host: Host, release: str) -> str:
-    wrong = list(_damaged(host.home / release))
+    wrong = list(placed.damaged(host.home / release))
     return f"damaged: {', '.join(wrong)}" if wrong else "intact"
 
 
-def _damaged(directory: Path) -> Iterator[str]:
-    """The files of an installed release that are not what its list says."""
-    try:
-        sums = layout.parse_sums((directory / layout.SUMS).read_bytes(), str(directory))
-    except (OSError, UserError):
-        yield layout.SUMS
-        return
-    try:
-        names = (directory / PLACED).read_text().split()
-    except OSError:
-        yield PLACED
-        return
-    for name in names:
-        path = directory / name
-        if not path.is_file() or layout.digest(path) != sums.get(name):
-            yield name
-
-
 def _must_be_whole(host: Host, release: str) -> None:
-    wrong = list(_damaged(host.home / release))
+    wrong = list(placed.damaged(host.home / release))
     if wrong:
         raise UserError(f"{release} is damaged: {', '.join(wrong)}", hint="install it again")
-
-
-class _Plan:
-    """What of a release goes where: the files that its drop-ins name, and the drop-ins."""
-
-    def __init__(self, found: Verified, host: Host) -> None:
-        self.found = found
-        self.host = host
-        self.directory = host.home / found.release.id
-
-    def fill(self, origin: Source) -> None:
-        """Place the files, under a name of their own until all are there."""
-        drop_ins = self._drop_ins(origin)
-        files = self._named(drop_ins)
-        present = self.directory.is_dir()
-        if present:
-            self._must_be_the_same()
-        lacking = [file for file in files if not present or not self._has(file)]
-        self.host.must_fit(sum(file.size for file in lacking))
-        self.host.home.mkdir(exist_ok=True)
-        self.host.home.chmod(0o755)
-        place = self.directory if present else \
-            self.host.home / f".part-{self.found.release.id}"
-        (place / CONFIG).mkdir(parents=True, exist_ok=True)
-        for directory in (place, place / CONFIG):
-            directory.chmod(0o755)  # whatever the umask: QEMU may run as another user
-        for file in lacking:
-            self._copy(origin, file, place)
-        for file in files:
-            link = place / (file.link or file.name)
-            if not os.path.lexists(link):
-                link.symlink_to(file.name)
-        for name, text in drop_ins.items():
-            _replace(place / CONFIG / name, self._rendered(text, files))
-        for name, data in self.found.kept.items():
-            _replace(place / name, data)
-        listed = [*(file.name for file in files), *self.found.kept]
-        _replace(place / PLACED, "".join(f"{name}\n" for name in listed
-                                          if name not in (layout.SUMS, layout.SIGNATURE)).encode())
-        sync(place / CONFIG)
-        sync(place)
-        if not present:
-            place.rename(self.directory)
-            sync(self.host.home)
-
-    def _must_be_the_same(self) -> None:
-        try:
-            known = (self.directory / layout.SUMS).read_bytes()
-        except OSError:
-            known = b""
-        if known and known != self.found.kept[layout.SUMS]:
-            raise UserError(f"{self.found.release.id} is installed already, with other content",
-                            hint="a release is never changed: which of the two is the right one? "
-                                 "To take this one, uninstall first")
-
-    def _has(self, file: File) -> bool:
-        path = self.directory / file.name
-        return path.is_file() and layout.digest(path) == file.sha256
-
-    def _drop_ins(self, origin: Source) -> dict[str, str]:
-        found = {}
-        for name in DROP_INS:
-            file = self.found.release.file(name)
-            if file is not None:
-                found[name] = _checked(origin, file).decode()
-        if not found:
-            raise UserError(f"{origin.where} has no drop-in for Kata")
-        return found
-
-    def _named(self, drop_ins: dict[str, str]) -> list[File]:
-        """The files that the drop-ins name. Raises `UserError` where the release lacks one."""
-        found: dict[str, File] = {}
-        for name, text in drop_ins.items():
-            for word in _NAMED.findall(text):
-                file = self._by_path(word)
-                if file is None:
-                    raise UserError(f"{name} names {word}, and the release does not have it")
-                found[file.name] = file
-        return list(found.values())
-
-    def _by_path(self, word: str) -> File | None:
-        return next((file for file in self.found.release.files
-                     if word in (file.link, file.source)), None)
-
-    def _rendered(self, text: str, files: list[File]) -> bytes:
-        """A drop-in with this release's own paths."""
-        def path(match: re.Match[str]) -> str:
-            file = self._by_path(match[1])
-            assert file is not None and file in files
-            return f'{PLACE}/{self.host.home.name}/{self.found.release.id}/{file.name}"'
-
-        return _NAMED.sub(path, text).encode()
-
-    def _copy(self, origin: Source, file: File, place: Path) -> None:
-        """Copy a file under another name; its own is given to it once it is what was signed."""
-        part = place / f".{file.name}.part"
-        with part.open("w+b") as sink:
-            os.fchmod(sink.fileno(), 0o644)
-            origin.copy(file, sink)
-            sink.flush()
-            os.fsync(sink.fileno())
-        if layout.digest(part) != file.sha256:
-            part.unlink()
-            raise UserError(f"{origin.where}: {file.name} is not the file that was signed",
-                            hint="do not use it; take the release again")
-        part.replace(place / file.name)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file in one step."""
-    part = path.with_name(f".{path.name}.part")
-    write(part, data)
-    part.replace(path)
-
-
-def _checked(origin: Source, file: File) -> bytes:
-    """The bytes of a small file, hashed."""
-    data = origin.read(file.name)
-    if data is None or hashlib.sha256(data).hexdigest() != file.sha256:
-        raise UserError(f"{origin.where}: {file.name} is not the file that was signed",
-                        hint="do not use it; take the release again")
-    return data

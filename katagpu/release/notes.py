@@ -8,15 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from katagpu import compare, compare_text, finished, log
+from katagpu.errors import UserError
 from katagpu.finished import Finished
 from katagpu.release import layout
 from katagpu.release.layout import Release
+
+AGAIN = "remove the directory, which is no whole release, and release again"
 
 
 def read(directory: Path) -> Release:
     """The release in a directory. Raises `UserError`."""
     path = directory / layout.RELEASE
-    return layout.parse(path.read_bytes(), str(directory))
+    try:
+        return layout.parse(path.read_bytes(), str(directory))
+    except OSError as refusal:
+        raise UserError(f"{path} cannot be read: {refusal.strerror}", hint=AGAIN) from None
 
 
 def text(directory: Path, release: Release, before: Path | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,12 @@ from katagpu.plan import Plan
 from katagpu.schema import Recipe
 
 SHOWN = 5  # changed files in a message
+INPUTS = ("hooks", "katagpu", "kernel-configs", "keys", "patches", "recipes", "rootfs")
+"""What is read by builds: nothing in it may be hidden from git."""
+NOWHERE = "tag:katagpu,2025:repository"
+"""The URI of a repository without a public address."""
+_REMOTE = re.compile(r"(?:(?P<scheme>https|http|ssh|git)://)?(?:[^@/]*@)?(?P<host>[^/:@]+)"
+                     r"(?(scheme)(?P<port>:\d+)?/|:(?!/))(?P<path>[^\s?#]+)")
 
 
 def committed_lock(root: Path, recipe_name: str) -> Path | None:
@@ -37,16 +44,57 @@ def check(root: Path, recipe: Recipe, values: Mapping[str, str],
         raise UserError(f"{recipe.name} has no committed lock: nobody could build this release "
                         "again", hint="./doitw lock, then commit "
                         f"recipes/{recipe.name}.lock")
-    changed = _git(root, "status", "--porcelain").splitlines()
-    if changed:
-        shown = ", ".join(line[3:] for line in changed[:SHOWN])
-        more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
-        raise UserError(f"the repository has changes that are not committed: {shown}{more}",
-                        hint="commit or remove them (git status)")
+    _must_be_committed(root)
     if recipe.agent is None and values.get("no_agent", "0") == "0":
         raise UserError(f"{recipe.name} has no kata-agent: Kata cannot use this guest",
                         hint="name one in the recipe's `agent:`; no_agent=1 releases it without")
     return commit
+
+
+def unchanged(root: Path, commit: str) -> None:
+    """Raise `UserError` where the repository is not, or no longer, at this commit alone.
+
+    What a build read was there when it read it: this is asked again after each.
+    """
+    now = _git(root, "rev-parse", "--verify", "HEAD").strip()
+    if now != commit:
+        raise UserError(f"the repository was at {commit[:12]} when this release began, and is at "
+                        f"{now[:12]} now", hint="run it again, and leave the repository alone")
+    _must_be_committed(root)
+
+
+def _must_be_committed(root: Path) -> None:
+    changed = _git(root, "status", "--porcelain", "--untracked-files=all").splitlines()
+    there = [name for name in INPUTS if (root / name).exists()]
+    ignored = _git(root, "status", "--porcelain", "--untracked-files=all", "--ignored=matching",
+                   "--", *there).splitlines() if there else []
+    changed += [line for line in ignored if line.startswith("!! ") and not _is_no_input(line[3:])]
+    if changed:
+        shown = ", ".join(line[3:] for line in changed[:SHOWN])
+        more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+        raise UserError(f"the repository has changes that are not committed: {shown}{more}",
+                        hint="commit or remove them (git status --ignored)")
+
+
+def _is_no_input(name: str) -> bool:
+    """Is an ignored file one of which no stage makes anything? Tokens are of `katagpu.embed`."""
+    path = Path(name.strip('"'))
+    return "__pycache__" in path.parts or path.suffix == ".pyc" or (
+        path.suffix == ".tok" and path.parts[0] != "rootfs")
+
+
+def repository(root: Path) -> str:
+    """The URI of the repository: its remote `origin` where that has a public form, else a tag.
+
+    Over SSH it is the same repository, and a release of it has the same bytes. Who may read it is
+    left out.
+    """
+    address = _git(root, "config", "--default", "", "--get", "remote.origin.url").strip()
+    found = _REMOTE.fullmatch(address)
+    if found is None or "." not in found["host"]:
+        return NOWHERE
+    port = found["port"] or "" if found["scheme"] in ("https", "http") else ""
+    return f"git+https://{found['host']}{port}/{found['path'].strip('/')}"
 
 
 def signed(plan: Plan, root: Path, recipe: Recipe) -> None:
@@ -96,7 +144,9 @@ def _modules(tree: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _git(root: Path, *words: str) -> str:
-    argv: Sequence[str | Path] = ["git", "-C", root, *words]
+    # A clone belongs to its user, and who builds may be root: its Python is being run in any case.
+    argv: Sequence[str | Path] = ["git", "-c", f"safe.directory={root.resolve()}",
+                                  "--no-optional-locks", "-C", root, *words]
     found = run.run(argv, capture=True, check=False)
     if found.status != 0:
         raise UserError(f"a release is of a commit, and git says: "

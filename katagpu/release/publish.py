@@ -14,9 +14,10 @@ from katagpu import log
 from katagpu.embed import MARKER, refuse
 from katagpu.errors import UserError
 from katagpu.files import clone_or_copy, sync
-from katagpu.release import artifact, assemble, layout, notes, registry
+from katagpu.release import artifact, assemble, layout, notes
 from katagpu.release.layout import Release
-from katagpu.release.registry import MANIFEST, Reference, Registry, descriptor
+from katagpu.release.reference import Reference, reference
+from katagpu.release.registry import MANIFEST, Registry, descriptor
 from katagpu.release.source import Pulled
 from katagpu.release.wire import PAUSES, TIMEOUT, is_loopback
 
@@ -36,9 +37,12 @@ def publish(place: Path, to: str, *, licensed: bool, timeout: float = TIMEOUT,
     if not to.startswith("oci:"):
         _to_directory(place, Path(to) / release.id)
         return
-    where = registry.reference(to)
+    where = reference(to)
     if where.digest is not None:
         raise UserError("a release is published under a tag, and not a digest")
+    if where.tag not in (None, release.version) and layout.VERSION.fullmatch(str(where.tag)):
+        raise UserError(f"{where.tag} is the version of another release than {release.id}",
+                        hint=f"the tag {release.version}, or one that is no version")
     _may_go(release, where, licensed=licensed)
     _Push(place, release, where, timeout, pauses).run()
 
@@ -70,6 +74,7 @@ def _to_directory(place: Path, target: Path) -> None:
                         f"{', '.join(assemble.damaged(target))}", hint="remove it")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
+        assemble.sweep(target.parent, target.name)
         part.mkdir(parents=True)
         for path in sorted(place.iterdir()):
             with (part / path.name).open("xb") as stream:
@@ -182,12 +187,22 @@ class _Push:
                 raise UserError(f"{self.where.registry} gives {pulled.digest} for {self.tag}, and "
                                 f"{digest} was pushed")
             files = pulled.layers
-            for unit in pulled.attached():
+            for unit in pulled.attached(artifact.SIGNATURE, *artifact.ATTACHED):
                 if all(self._is_ours(name, one) for name, one in unit.items()):
                     files = {**files, **unit}
             for name, sha256 in self.digests.items():
                 size = (self.place / name).stat().st_size
                 if not self._is_ours(name, files.get(name)):
                     raise UserError(f"{self.where.registry} does not list {name} as it was pushed")
-                with tempfile.TemporaryFile(dir=self.place.parent) as sink:
-                    self.registry.pull_blob(f"sha256:{sha256}", size, sink, name)
+                self._pull(name, sha256, size)
+
+    def _pull(self, name: str, sha256: str, size: int) -> None:
+        """Pull a file, to look at its bytes only."""
+        place = self.place.parent
+        try:
+            with tempfile.TemporaryFile(dir=place) as sink:
+                self.registry.pull_blob(f"sha256:{sha256}", size, sink, name)
+        except OSError as refusal:
+            raise UserError(f"{name} cannot be read back into {place}: "
+                            f"{refusal.strerror or refusal}", hint="all is pushed; once that is "
+                            "mended, the same command looks at it again") from None

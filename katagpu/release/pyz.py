@@ -12,8 +12,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
 MODULES = ("__init__.py", "errors.py", "log.py", *(f"release/{name}.py" for name in (
-    "__init__", "artifact", "credentials", "host", "install", "installer", "layout", "registry",
-    "signature", "source", "wire")))
+    "__init__", "artifact", "credentials", "host", "install", "installer", "layout", "placed",
+    "placement", "reference", "registry", "signature", "source", "wire")))
 """What runs on a host: Python 3.9, standard library only (tests/release/test_pyz.py)."""
 HOST_MODULES = ("__init__.py", "errors.py", "log.py", "kataconfig.py", "kataversions.py",
                 "verity.py",

@@ -12,13 +12,13 @@ import re
 import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from katagpu import log
 from katagpu.errors import UserError
-from katagpu.release.wire import PAUSES, TIMEOUT, Answer, Transient, Wire, said
+from katagpu.release.reference import Reference
+from katagpu.release.wire import PAUSES, TIMEOUT, Answer, Body, Transient, Wire, said
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -26,37 +26,9 @@ ACCEPT = f"{MANIFEST}, {INDEX}"
 EMPTY = "application/vnd.oci.empty.v1+json"
 OCTETS = "application/octet-stream"
 CHUNK = 16 << 20
-
-_REFERENCE = re.compile(
-    r"oci://(?P<registry>[A-Za-z0-9.-]+(:\d+)?|\[[0-9A-Fa-f:]+\](:\d+)?)"
-    r"/(?P<repository>[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*)"
-    r"(:(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127}))?(@(?P<digest>sha256:[0-9a-f]{64}))?")
-
-
-@dataclass(frozen=True)
-class Reference:
-    """`oci://registry/repository:tag`, or `@sha256:…` instead of the tag or behind it."""
-
-    registry: str
-    repository: str
-    tag: str | None = None
-    digest: str | None = None
-
-    @property
-    def name(self) -> str:
-        """What is asked for: the digest where there is one."""
-        return self.digest or self.tag or "latest"
-
-
-def reference(text: str) -> Reference:
-    """Read a reference. Raises `UserError`."""
-    found = _REFERENCE.fullmatch(text)
-    if found is None:
-        raise UserError(f"{text!r} is no reference to an artifact in a registry",
-                        hint="oci://registry.example/group/name:tag, in small letters")
-    return Reference(registry=found["registry"], repository=found["repository"],
-                     tag=found["tag"], digest=found["digest"])
-
+PAGES = 100  # of a list of referrers
+DIGEST = re.compile("sha256:[0-9a-f]{64}")
+_NEXT = re.compile(r"<([^<>]*)>\s*;[^,<]*\brel=\"?next\b")  # RFC 8288
 
 def descriptor(data: bytes, media_type: str, **more: Any) -> dict[str, Any]:
     """The descriptor of some content."""
@@ -117,10 +89,10 @@ class Registry:
                             hint="the registry is damaged, or was tampered with; publish again "
                                  "once it is mended")
 
-    def _receive(self, response: Any, sink: IO[bytes], size: int, what: str) -> None:
+    def _receive(self, response: Body, sink: IO[bytes], size: int, what: str) -> None:
         if response.status not in (200, 206):
             raise UserError(f"{self.where.registry} does not give {what}: "
-                            f"{said(response.read(1 << 16), response.status)}")
+                            f"{response.explanation()}")
         if response.status == 200:
             sink.seek(0)
             sink.truncate()
@@ -175,16 +147,28 @@ class Registry:
     # referrers
 
     def referrers(self, digest: str) -> list[dict[str, Any]]:
-        """The descriptors of what refers to a manifest."""
-        def get() -> Answer:
-            return self.wire.ask("GET", self.wire.url(f"referrers/{digest}"),
-                                 headers={"Accept": INDEX})
+        """The descriptors of what refers to a manifest, of all pages. Raises `UserError`."""
+        url = self.wire.url(f"referrers/{digest}")
+        answer = self._referrers(url)
+        if answer.status != 200 or not answer.headers.get("content-type", "").startswith(INDEX):
+            listed = self.manifest(_fallback(digest))  # it has no such interface
+            return [] if listed is None else _descriptors(listed[0], self.where.registry)
+        found = _descriptors(answer.body, self.where.registry)
+        for _page in range(PAGES):
+            following = _NEXT.search(answer.headers.get("link", ""))
+            if following is None:
+                return found
+            answer = self._referrers(self.wire.joined(answer.url, following[1]))
+            found += _descriptors(answer.body, self.where.registry)
+        raise UserError(f"{self.where.registry} lists the referrers of {digest} on more than "
+                        f"{PAGES} pages", hint="remove from the repository what is not yours")
 
-        answer = self.wire.patiently("list the referrers", get)
-        if answer.status == 200 and answer.headers.get("content-type", "").startswith(INDEX):
-            return _descriptors(answer.body, self.where.registry)
-        listed = self.manifest(_fallback(digest))
-        return [] if listed is None else _descriptors(listed[0], self.where.registry)
+    def _referrers(self, url: str) -> Answer:
+        """A page of the referrers."""
+        def get() -> Answer:
+            return self.wire.ask("GET", url, headers={"Accept": INDEX})
+
+        return self.wire.patiently("list the referrers", get)
 
     def attach(self, data: bytes, subject: str, artifact_type: str) -> str:
         """Upload a manifest that refers to another one; its digest."""
@@ -234,15 +218,17 @@ class Upload:
         self.location: str | None = None
 
     def run(self) -> None:
-        """Upload all of it. A failure that may pass counts anew once something got through."""
-        pauses = iter(self.wire.pauses)
+        """Upload all of it. A failure that may pass counts anew once more got through than before.
+
+        What is sent again is not more: an upload whose end always fails comes to an end.
+        """
+        pauses, furthest = iter(self.wire.pauses), 0
         while True:
             try:
-                before = self.offset
                 if self.step():
                     return
-                if self.offset > before:
-                    pauses = iter(self.wire.pauses)
+                if self.offset > furthest:
+                    pauses, furthest = iter(self.wire.pauses), self.offset
             except Transient as failure:
                 pause = next(pauses, None)
                 if pause is None:
@@ -276,7 +262,7 @@ class Upload:
         location = answer.headers.get("location")
         if not location:
             raise UserError(f"{self.registry.where.registry} does not say where an upload goes on")
-        self.location = urllib.parse.urljoin(answer.url, location)
+        self.location = self.wire.joined(answer.url, location)
 
     def _chunk(self) -> None:
         assert self.location is not None
@@ -348,6 +334,9 @@ def titles(manifest: Any) -> Iterator[tuple[str, str, int]]:
         for layer in manifest["layers"]:
             title = (layer.get("annotations") or {}).get("org.opencontainers.image.title")
             if title is not None:
-                yield title, layer["digest"], int(layer["size"])
+                digest, size = layer["digest"], layer["size"]
+                if not DIGEST.fullmatch(digest) or type(size) is not int or size < 0:
+                    raise ValueError(f"{digest!r} of {size!r} bytes")
+                yield title, digest, size
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError("the artifact's manifest is damaged") from None

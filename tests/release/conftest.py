@@ -166,6 +166,16 @@ def start_registry(tmp_path: Path, registry_program: str) -> Iterator[Starter]:
     stack.close()
 
 
+def certificate(directory: Path) -> tuple[Path, Path]:
+    """A certificate of 127.0.0.1 for TLS, and its key."""
+    cert, key = directory / "tls.pem", directory / "tls.key"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-keyout", key, "-out", cert, "-days", "2", "-subj", "/CN=toy",
+         "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    return cert, key
+
+
 def docker_config(path: Path, host: str, user: str = USER, password: str = PASSWORD) -> Path:
     """What `docker login` leaves."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 @dataclass
@@ -18,8 +20,8 @@ class Fault:
     """What happens to the requests that it fits.
 
     `cut`: so many bytes of the body reach the registry, and the connection breaks off. `lose`: the
-    registry gets all, and its answer is lost. `status` is answered with `headers`, and nothing
-    reaches the registry. `answer` changes the registry's answer.
+    registry gets all, and its answer is lost. `status` is answered with `headers` and `body`, and
+    nothing reaches the registry. `answer` changes the registry's answer.
     """
 
     method: str
@@ -30,8 +32,10 @@ class Fault:
     status: int | None = None
     pause: float = 0.0
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
     answer: Callable[[bytes], bytes] | None = None
     short: int | None = None  # the answer's body breaks off after so many bytes
+    chunked: bool = False  # the body of a `status` is given in chunks, as it is sent
 
 
 @dataclass
@@ -43,6 +47,7 @@ class Proxy:
     asked: list[tuple[str, str]] = field(default_factory=list)
     sent: int = 0  # bytes of bodies
     token: str | None = None  # the bearer token that is wanted, and given at /token
+    tls: bool = False
     authorizations: list[str | None] = field(default_factory=list)
 
     def fault(self, method: str, path: str) -> Fault | None:
@@ -78,13 +83,15 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.proxy.fault(self.command, self.path) or Fault("", "")
         time.sleep(fault.pause)
         if fault.status is not None:
-            self._answer(fault.status, fault.headers, b"")
+            self._answer(fault.status, fault.headers, fault.body, fault.short,
+                         chunked=fault.chunked)
             return
         if fault.cut is not None:
             self._cut(body[:fault.cut], len(body))
             return
         there = http.client.HTTPConnection(self.registry, timeout=30)
-        there.request(self.command, self.path, body=body, headers=dict(self.headers))
+        there.request(self.command, self.path, body=body, headers={
+            **dict(self.headers), **({"X-Forwarded-Proto": "https"} if self.proxy.tls else {})})
         answer = there.getresponse()
         data = answer.read()
         headers = {**dict(answer.headers), **fault.headers}
@@ -121,13 +128,14 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _answer(self, status: int, headers: dict[str, str], body: bytes,
-                short: int | None = None) -> None:
+                short: int | None = None, *, chunked: bool = False) -> None:
         self.send_response(status)
         for name, value in headers.items():
             if name.lower() not in ("content-length", "transfer-encoding", "connection"):
                 self.send_header(name, value)
         size = headers.get("Content-Length") if self.command == "HEAD" else str(len(body))
-        self.send_header("Content-Length", size or "0")
+        self.send_header(*(("Transfer-Encoding", "chunked") if chunked
+                           else ("Content-Length", size or "0")))
         self.end_headers()
         with contextlib.suppress(OSError):  # nobody waited
             self.wfile.write(body[:short])
@@ -138,11 +146,15 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def before(registry: str) -> Iterator[Proxy]:
-    """Run one before a registry."""
-    proxy = Proxy(host="")
+def before(registry: str, tls: tuple[Path, Path] | None = None) -> Iterator[Proxy]:
+    """Run one before a registry; it speaks TLS where it gets a certificate and its key."""
+    proxy = Proxy(host="", tls=tls is not None)
     handler = type("Bound", (Handler,), {"proxy": proxy, "registry": registry})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    if tls is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*tls)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     proxy.host = f"127.0.0.1:{server.server_port}"

@@ -167,3 +167,25 @@ def test_what_a_killed_run_left(tmp_path: Path) -> None:
     (left / "file").touch()
     toyrelease.make(tmp_path)
     assert not left.exists()
+
+
+def test_what_is_no_whole_release(tmp_path: Path) -> None:
+    """As after a copy that broke off, or a file too many."""
+    place = toyrelease.make(tmp_path)
+    (place / "more").mkdir()
+    with pytest.raises(UserError, match=r"was changed since it was made: more"):
+        toyrelease.make(tmp_path)
+    for name in (layout.SUMS, layout.RELEASE):
+        (place / name).unlink()
+        with pytest.raises(UserError, match=rf"{name} cannot be read[\s\S]*remove the directory"):
+            toyrelease.make(tmp_path)
+
+
+def test_what_is_not_confirmed_gets_no_name(tmp_path: Path) -> None:
+    def confirm() -> None:
+        raise UserError("the repository changed")
+
+    order = toyrelease.order(tmp_path / "build")
+    with pytest.raises(UserError, match="the repository changed"):
+        assemble.make(order, tmp_path / "release", confirm=confirm)
+    assert list((tmp_path / "release").iterdir()) == []

@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from katagpu import kataconfig
 from katagpu.errors import UserError
-from katagpu.release import host, install, layout
+from katagpu.release import host, install, layout, placed
 from katagpu.release.host import DROP_INS, Host
 from katagpu.stages import final
 from tests.release import killed, toyrelease
@@ -131,6 +131,106 @@ def test_a_damaged_release_is_said_and_mended(
     assert in_use(there) == "toy-1.1.0"
 
 
+@pytest.fixture
+def two(there: Host, releases: list[Path]) -> Host:
+    """A host with two releases, the second in use."""
+    put(there, *releases[:2])
+    return there
+
+
+def names_alone(there: Host, release: str) -> None:
+    """Let the record of what is placed be one of an earlier version."""
+    record = there.home / release / placed.RECORD
+    record.write_text("".join(f"{line.split('  ')[1]}\n" for line in record.read_text().splitlines()
+                              if "SHA256SUMS" not in line and "config/" not in line
+                              and "->" not in line))
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["record", "names"])
+@pytest.mark.parametrize("what", [f"config/{GO}", "config", final.KERNEL, layout.SIGNATURE])
+def test_what_lacks_of_the_release_before(
+    two: Host, releases: list[Path], what: str, old: bool,
+) -> None:
+    if old:
+        names_alone(two, "toy-1.0.0")
+    if old and what == layout.SIGNATURE:
+        return  # nobody wrote that it was there
+    assert len([line for line in install.status(two) if "(intact)" in line]) == 2
+    path = two.home / "toy-1.0.0" / what
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"toy-1.0.0 is damaged: {what}"):
+            install.rollback(two)
+    assert {in_use(two, name) for name in DROP_INS} == {"toy-1.1.0"}
+    put(two, releases[0])
+    assert {in_use(two, name) for name in DROP_INS} == {"toy-1.0.0"}
+    assert "intact" in next(iter(install.status(two)))
+
+
+def test_an_edited_copy_of_a_drop_in(two: Host, releases: list[Path]) -> None:
+    """The one in use is as it was placed: nobody has to move that away."""
+    for release in two.releases():
+        copy = two.home / release / "config" / GO
+        copy.write_text(copy.read_text().replace("8192", "4096"))
+    with pytest.raises(UserError, match=f"is damaged: config/{GO}"):
+        install.rollback(two)
+    assert f"damaged: config/{GO}" in next(iter(install.status(two)))
+    put(two, releases[1])
+    assert "intact" in next(iter(install.status(two)))
+    put(two, releases[0])
+    assert {in_use(two, name) for name in DROP_INS} == {"toy-1.0.0"}
+
+
+def test_an_edited_copy_that_an_earlier_version_placed(two: Host, releases: list[Path]) -> None:
+    names_alone(two, "toy-1.1.0")
+    copy = two.home / "toy-1.1.0/config" / GO
+    copy.write_text(copy.read_text().replace("8192", "4096"))
+    put(two, releases[1])
+    assert {in_use(two, name) for name in DROP_INS} == {"toy-1.1.0"}
+    assert all("intact" in line or "as it was" in line for line in install.status(two))
+
+
+def test_a_link_that_leads_elsewhere(two: Host, releases: list[Path]) -> None:
+    link = two.home / "toy-1.1.0" / final.KERNEL
+    for spoil in (link.symlink_to, link.write_text):
+        link.unlink()
+        spoil("elsewhere")
+        assert f"damaged: {final.KERNEL}" in next(iter(install.status(two)))
+        put(two, releases[1])
+        assert "intact" in next(iter(install.status(two)))
+
+
+def test_runtimes_are_not_left_without_a_release(two: Host) -> None:
+    shutil.rmtree(two.home / "toy-1.0.0/config")
+    with pytest.raises(UserError, match="no drop-in for Kata any more"):
+        install.switch(two, "toy-1.0.0")
+    assert {in_use(two, name) for name in DROP_INS} == {"toy-1.1.0"}
+    assert two.target("next") is None
+
+
+def test_a_switch_to_what_was_damaged_since_is_not_completed(
+    two: Host, releases: list[Path], capfd: pytest.CaptureFixture[str],
+) -> None:
+    two.link("next", "toy-1.0.0")
+    shutil.rmtree(two.home / "toy-1.0.0/config")
+    install.recover(two)
+    assert "the switch to toy-1.0.0 is not completed" in capfd.readouterr().err
+    assert {in_use(two, name) for name in DROP_INS} == {"toy-1.1.0"}
+    put(two, releases[0])
+    assert {in_use(two, name) for name in DROP_INS} == {"toy-1.0.0"}
+
+
+def test_an_older_release_is_said(two: Host, releases: list[Path], tmp_path: Path,
+                                  capfd: pytest.CaptureFixture[str]) -> None:
+    put(two, releases[0])
+    assert "toy-1.0.0 is older than toy-1.1.0" in capfd.readouterr().err
+    put(two, releases[1])
+    assert "is older than" not in capfd.readouterr().err
+
+
 # what is refused: nothing is changed then
 
 
@@ -175,6 +275,71 @@ def test_a_changed_file(there: Host, releases: list[Path], keys: Keys, copy: Pat
     refused(there, copy, keys.public, "the signature is not by|is not the file that")
     (copy / name).unlink()
     refused(there, copy, keys.public, "has no SHA256SUMS|lacks|cannot be read|is not the file")
+
+
+@pytest.mark.parametrize("what", ["link", "device", "pipe", "directory", "larger"])
+@pytest.mark.parametrize("name", ["kata-toy-nvidia-gpu-1.1.0.image", layout.SUMS])
+def test_what_is_no_file_of_a_release(there: Host, copy: Path, keys: Keys, what: str, name: str,
+                                      ) -> None:
+    """Root may install what anybody put there."""
+    path = copy / name
+    data = path.read_bytes()
+    path.unlink()
+    if what in ("link", "device"):
+        (copy / "other").write_bytes(data)
+        path.symlink_to("/dev/zero" if what == "device" else "other")
+    elif what == "pipe":
+        os.mkfifo(path)
+    elif what == "directory":
+        path.mkdir()
+    else:
+        path.write_bytes(data + b"?" * (5 << 20))
+    refused(there, copy, keys.public, "it is a link|is no file|it has 5302880 bytes|too large")
+
+
+def test_nobody_reads_a_file_that_is_not_verified(
+    there: Host, copy: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modes = set()
+
+    def digest(path: Path, real: Callable[[Path], str] = layout.digest) -> str:
+        modes.update([path.stat().st_mode & 0o777] if path.name.endswith(".part") else [])
+        return real(path)
+
+    monkeypatch.setattr(layout, "digest", digest)
+    install.install(str(copy), there, key=keys.public)
+    assert modes == {0o600}
+    assert {path.stat().st_mode & 0o777 for path in (there.home / "toy-1.1.0").iterdir()
+            if path.is_file()} == {0o644}
+
+
+@pytest.mark.parametrize("below", ["opt", "opt/kata", "opt/kata/share/defaults",
+                                   "opt/kata/share/kata-containers/katagpu"])
+def test_a_link_that_leads_out_of_the_prefix(there: Host, releases: list[Path], tmp_path: Path,
+                                             below: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link = there.prefix / below
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(UserError, match=f"outside {there.prefix}: a link leads there"):
+        put(there, releases[0])
+    with pytest.raises(UserError, match=r"outside|nothing is installed"):
+        install.rollback(there)
+    assert list(elsewhere.iterdir()) == []
+    link.unlink()
+    link.symlink_to(there.prefix / "inside")
+    (there.prefix / "inside").mkdir()
+    put(there, releases[0])
+    assert in_use(there) == "toy-1.0.0"
+
+
+def test_what_a_killed_repair_leaves_is_swept(two: Host, releases: list[Path]) -> None:
+    left = [two.home / "toy-1.0.0/.kata.image.part", two.home / f"toy-1.1.0/config/.{GO}.part"]
+    for path in left:
+        path.write_text("half")
+    put(two, releases[1])
+    assert not [name for name in files(two) if ".part" in name]
 
 
 def test_a_name_that_leaves_the_directory(there: Host, copy: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ from katagpu import recipe
 from katagpu.errors import UserError
 from katagpu.release import preflight
 from katagpu.schema import Agent, Recipe
+from tests.test_statement import URI
 
 NAME = "debian-trixie"
 
@@ -92,3 +94,73 @@ def test_no_repository(root: Path, with_agent: Recipe) -> None:
     shutil.rmtree(root / ".git")
     with pytest.raises(UserError, match="not a git repository"):
         preflight.check(root, with_agent, {}, {})
+
+
+@pytest.mark.parametrize("how", ["exclude", "gitignore", "untracked", "directory"])
+def test_inputs_that_git_does_not_show(root: Path, with_agent: Recipe, how: str) -> None:
+    hidden = root / "rootfs/etc/hidden.conf"
+    if how == "untracked":
+        git(root, "config", "status.showUntrackedFiles", "no")
+    elif how == "gitignore":
+        (root / ".gitignore").write_text("*.conf\n/out/\n")
+        git(root, "add", "-A")
+        git(root, "commit", "-qm", "ignore")
+    else:
+        (root / ".git/info/exclude").write_text("hidden.conf\n" if how == "exclude" else "rootfs\n")
+    preflight.check(root, with_agent, {}, {})
+    hidden.parent.mkdir(parents=True)
+    hidden.touch()
+    with pytest.raises(UserError, match=r"not committed: rootfs/"):
+        preflight.check(root, with_agent, {}, {})
+
+
+def test_what_no_build_reads_may_be_ignored(root: Path, with_agent: Recipe) -> None:
+    (root / ".gitignore").write_text("__pycache__/\n*.pyc\n*.tok\n/out/\n")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "ignore")
+    for name in ("katagpu/__pycache__/a.pyc", "recipes/client.tok", "out/image", "katagpu/b.pyc"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    preflight.check(root, with_agent, {}, {})
+    (root / "rootfs").mkdir()
+    (root / "rootfs/client.tok").touch()
+    with pytest.raises(UserError, match=r"not committed: rootfs/client\.tok"):
+        preflight.check(root, with_agent, {}, {})
+
+
+def test_what_changed_meanwhile(root: Path, with_agent: Recipe) -> None:
+    commit = preflight.check(root, with_agent, {}, {})
+    preflight.unchanged(root, commit)
+    (root / "more").touch()
+    with pytest.raises(UserError, match="not committed: more"):
+        preflight.unchanged(root, commit)
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "more")
+    with pytest.raises(UserError, match=f"was at {commit[:12]} when this release began"):
+        preflight.unchanged(root, commit)
+
+
+@pytest.mark.root
+def test_the_clone_of_another_user(root: Path, with_agent: Recipe) -> None:
+    """As with sudo in a clone of one's own."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    for path in (root, *root.rglob("*")):
+        os.chown(path, 1234, 1234)
+    assert len(preflight.check(root, with_agent, {}, {})) == 40
+    assert {path.stat().st_uid for path in root.rglob("*")} == {1234}, "nothing becomes root's"
+
+
+@pytest.mark.parametrize(("address", "uri"), [
+    ("https://git.example/group/guests.git", "git+https://git.example/group/guests.git"),
+    ("https://user:word@git.example:8443/guests/", "git+https://git.example:8443/guests"),
+    ("git@git.example:group/guests.git", "git+https://git.example/group/guests.git"),
+    ("ssh://git@git.example:2222/group/guests.git", "git+https://git.example/group/guests.git"),
+    ("/srv/guests.git", preflight.NOWHERE), ("file:///srv/guests.git", preflight.NOWHERE),
+    ("../guests", preflight.NOWHERE), ("box:guests", preflight.NOWHERE), ("", preflight.NOWHERE),
+    ("https://git.example/guests?token=word", preflight.NOWHERE)])
+def test_the_repository_s_uri(root: Path, address: str, uri: str) -> None:
+    if address:
+        git(root, "remote", "add", "origin", address)
+    assert preflight.repository(root) == uri
+    assert URI.fullmatch(uri) and "word" not in uri

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import os
 import shutil
-import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,18 @@ from katagpu import embed
 from katagpu.errors import UserError
 from katagpu.release import artifact, install, layout, publish, registry
 from katagpu.release.host import Host
+from katagpu.release.reference import reference
 from katagpu.release.source import Pulled
 from tests.release import toyrelease
-from tests.release.conftest import PASSWORD, USER, Keys, Server, Starter, docker_config
+from tests.release.conftest import (
+    PASSWORD,
+    USER,
+    Keys,
+    Server,
+    Starter,
+    certificate,
+    docker_config,
+)
 from tests.release.faulty import Fault, Proxy, before
 
 PAUSES = (0.01, 0.01)
@@ -67,10 +78,26 @@ def test_publish_and_install(server: Server, place: Path, keys: Keys, tmp_path: 
     assert kinds["kata-toy-nvidia-gpu-1.0.0.image"] == "application/vnd.katagpu.image.disk"
     assert kinds["vmlinuz-6.1-toy-1.0.0"] == "application/vnd.katagpu.kernel.bzimage"
     assert layout.SUMS not in kinds
-    attached = Pulled(f"{to}:1.0.0").attached()
+    attached = Pulled(f"{to}:1.0.0").attached(artifact.SIGNATURE, *artifact.ATTACHED)
     assert sorted(sorted(unit) for unit in attached) == [
         [layout.SUMS, layout.SIGNATURE], ["provenance-1.0.0.intoto.jsonl"]]
     installs(f"{to}:1.0.0", keys, tmp_path)
+
+
+def test_another_client_pulls_it(server: Server, place: Path, tmp_path: Path) -> None:
+    """oras-py, which knows nothing of this one: the artifact, and what refers to it."""
+    from oras.client import OrasClient
+
+    to = f"{server.host}/guests/toy"
+    push(place, f"oci://{to}:1.0.0")
+    one = registry.Registry(reference(f"oci://{to}:1.0.0"))
+    found = one.manifest("1.0.0")
+    assert found is not None
+    client = OrasClient(hostname=server.host, insecure=True)
+    for name in (":1.0.0", *(f"@{entry['digest']}" for entry in one.referrers(found[1]))):
+        client.pull(target=f"{to}{name}", outdir=str(tmp_path / "pulled"))
+    assert {path.name: layout.digest(path) for path in (tmp_path / "pulled").iterdir()} == {
+        path.name: layout.digest(path) for path in place.iterdir()}
 
 
 def test_twice_is_once(proxy: Proxy, place: Path, keys: Keys) -> None:
@@ -144,7 +171,7 @@ def test_a_registry_that_keeps_other_bytes(server: Server, place: Path, keys: Ke
 
 def attach(where: str, place: Path, names: list[str], subject: dict[str, Any]) -> None:
     """Somebody else attaches files as a signature."""
-    one = registry.Registry(registry.reference(where), pauses=PAUSES)
+    one = registry.Registry(reference(where), pauses=PAUSES)
     layers = []
     for name in names:
         digest = layout.digest(place / name)
@@ -165,7 +192,7 @@ def test_a_signature_of_somebody_else(server: Server, place: Path, keys: Keys, o
     host.prefix.mkdir()
     with pytest.raises(UserError, match="is not by the key"):
         install.install(to, host, key=keys.public)
-    one = registry.Registry(registry.reference(to))
+    one = registry.Registry(reference(to))
     found = one.manifest("1.0.0")
     assert found is not None
     attach(to, place, [layout.SUMS, layout.SIGNATURE],
@@ -174,10 +201,105 @@ def test_a_signature_of_somebody_else(server: Server, place: Path, keys: Keys, o
     push(place, to)
 
 
+def strangers(proxy: Proxy, place: Path) -> None:
+    """What others attach to a release, readable or not, and before what is ours."""
+    one = registry.Registry(reference(f"oci://{proxy.host}/toy:1.0.0"), pauses=PAUSES)
+    found = one.manifest("1.0.0")
+    assert found is not None
+    subject = registry.descriptor(found[0], registry.MANIFEST)
+    spdx, absent = "application/spdx+json", f"sha256:{'5' * 64}"
+    sums = artifact.layer(layout.SUMS, layout.SUMS, layout.digest(place / layout.NOTES),
+                          (place / layout.NOTES).stat().st_size)
+    title = {**sums, "annotations": {artifact.TITLE: "out/sbom.json"}}
+    good = json.loads(artifact.render(spdx, [title], {}, subject))
+    no_type = {**good, "artifactType": None, "config": {**good["config"], "mediaType": spdx}}
+    no_layers = {key: value for key, value in good.items() if key != "layers"}
+    spoilt: list[object] = [good, no_type, no_layers, []]
+    manifests = [json.dumps(each).encode() for each in spoilt]
+    manifests += [artifact.render(artifact.SIGNATURE, [layer], {}, subject) for layer in (
+        title, sums, {**sums, "size": 5 << 20}, {**sums, "digest": absent})]
+    index = [registry.descriptor(data, registry.MANIFEST, artifactType=kind)
+             for data in manifests for kind in (spdx, artifact.SIGNATURE)]
+    index += [{**index[0], "digest": digest, "artifactType": artifact.SIGNATURE}
+              for digest in (absent, "../x\u00e9")]
+    listed = {"schemaVersion": 2, "manifests": [*index, *one.referrers(found[1])]}
+    proxy.faults = [Fault("GET", "referrers", status=200, body=json.dumps(listed).encode(),
+                          headers={"Content-Type": registry.INDEX}, times=999)]
+    proxy.faults += [Fault("GET", registry.descriptor(data, "")["digest"], status=200, body=data,
+                           times=999) for data in manifests]
+
+
+def test_what_others_attached(proxy: Proxy, place: Path, keys: Keys, other_keys: Keys,
+                              tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is skipped, and what is ours found behind it."""
+    to = f"oci://{proxy.host}/toy:1.0.0"
+    push(place, to)
+    strangers(proxy, place)
+    push(place, to)
+    installs(to, keys, tmp_path)
+    assert "is skipped: " in capfd.readouterr().err
+    host = Host(tmp_path / "host")
+    host.prefix.mkdir()
+    install.install(to, host, key=None, unverified=True)
+    install.uninstall(host)
+    with pytest.raises(UserError, match="is not by the key"):
+        install.install(to, host, key=other_keys.public)
+
+
+def test_what_others_attached_signs_nothing(proxy: Proxy, keys: Keys, tmp_path: Path) -> None:
+    to = f"oci://{proxy.host}/toy:1.0.0"
+    place = toyrelease.make(tmp_path)
+    push(place, to)
+    strangers(proxy, place)
+    with pytest.raises(UserError, match="is not signed"):
+        install.install(to, Host(tmp_path), key=keys.public)
+
+
+def test_a_registry_that_fails_is_no_stranger(proxy: Proxy, place: Path, keys: Keys,
+                                              monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                              ) -> None:
+    """A list that nobody could read says nothing about who signed."""
+    to = f"oci://{proxy.host}/toy:1.0.0"
+    push(place, to)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+    sums = layout.digest(place / layout.SUMS)
+    proxy.faults = [Fault("GET", f"blobs/sha256:{sums}", times=9, status=503)]
+    with pytest.raises(UserError, match="answered 503"):
+        install.install(to, Host(tmp_path), key=keys.public)
+
+
+def test_a_tag_that_names_another_version(server: Server, place: Path, keys: Keys, tmp_path: Path,
+                                          ) -> None:
+    to = f"oci://{server.host}/toy"
+    push(place, f"{to}:1.0.0")
+    found = registry.Registry(reference(f"{to}:1.0.0")).manifest("1.0.0")
+    assert found is not None
+    for tag in ("1.3.0", "stable"):
+        registry.Registry(reference(to)).push_manifest(found[0], tag)
+    host = Host(tmp_path / "host")
+    host.prefix.mkdir()
+    with pytest.raises(UserError, match=r"is toy-1\.0\.0, and 1\.3\.0 was asked for"):
+        install.install(f"{to}:1.3.0", host, key=keys.public)
+    assert not host.home.exists()
+    installs(f"{to}:stable", keys, tmp_path)
+    with pytest.raises(UserError, match="is the version of another release"):
+        push(place, f"{to}:1.3.0")
+
+
+def test_no_space_to_read_it_back(server: Server, place: Path, monkeypatch: pytest.MonkeyPatch,
+                                  ) -> None:
+    def pull(*_words: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(registry.Registry, "pull_blob", pull)
+    with pytest.raises(UserError, match=r"cannot be read back into .*No space left"):
+        push(place, f"oci://{server.host}/toy:1.0.0")
+
+
 def test_what_is_no_release(server: Server, place: Path, keys: Keys, tmp_path: Path) -> None:
     to = f"oci://{server.host}/toy"
     push(place, f"{to}:1.0.0")
-    other = next(entry["digest"] for entry in registry.Registry(registry.reference(to)).referrers(
+    other = next(entry["digest"] for entry in registry.Registry(reference(to)).referrers(
         Pulled(f"{to}:1.0.0").digest))
     with pytest.raises(UserError, match="is no release of katagpu"):
         Pulled(f"{to}@{other}")
@@ -206,9 +328,13 @@ def test_a_password(start_registry: Starter, place: Path, keys: Keys, tmp_path: 
     monkeypatch.setenv("REGISTRY_AUTH_FILE",
                        str(docker_config(tmp_path / "auth.json", server.host)))
     push(place, to)
-    (tmp_path / "auth.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        push(place, to)
+    for text, said in (("{", "cannot be read"), ("[]", "is no Docker configuration"),
+                       (json.dumps({"auths": {server.host: "word"}}), "is damaged"),
+                       (json.dumps({"auths": [server.host]}), "is damaged"),
+                       (json.dumps({"auths": {server.host: {"auth": 7}}}), "is damaged")):
+        (tmp_path / "auth.json").write_text(text)
+        with pytest.raises(UserError, match=said):
+            push(place, to)
 
 
 def test_a_credential_helper(start_registry: Starter, place: Path, tmp_path: Path,
@@ -264,11 +390,7 @@ def test_a_password_stays_with_its_registry(
 
 def test_tls(start_registry: Starter, place: Path, keys: Keys, tmp_path: Path,
              monkeypatch: pytest.MonkeyPatch) -> None:
-    cert, key = tmp_path / "tls.pem", tmp_path / "tls.key"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
-         "-nodes", "-keyout", key, "-out", cert, "-days", "2", "-subj", "/CN=toy",
-         "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    cert, key = certificate(tmp_path)
     server = start_registry(password=True, tls=(cert, key))
     monkeypatch.setenv("REGISTRY_AUTH_FILE", str(docker_config(tmp_path / "auth", server.host)))
     to = f"oci://{server.host}/toy:1.0.0"
@@ -309,6 +431,13 @@ def test_a_changed_release(server: Server, place: Path, tmp_path: Path) -> None:
         push(copy, f"oci://{server.host}/toy:1.0.0")
     with pytest.raises(UserError, match="there is no release"):
         push(tmp_path, f"oci://{server.host}/toy:1.0.0")
+    copy = Path(shutil.copytree(place, tmp_path / "another"))
+    (copy / "more").mkdir()
+    with pytest.raises(UserError, match="was changed since it was made: more"):
+        push(copy, f"oci://{server.host}/toy:1.0.0")
+    (copy / layout.SUMS).unlink()
+    with pytest.raises(UserError, match="SHA256SUMS cannot be read"):
+        push(copy, f"oci://{server.host}/toy:1.0.0")
     with pytest.raises(UserError, match="under a tag"):
         push(place, f"oci://{server.host}/toy@sha256:{'0' * 64}")
 
@@ -317,6 +446,8 @@ def test_a_changed_release(server: Server, place: Path, tmp_path: Path) -> None:
 
 
 def test_to_a_directory(place: Path, keys: Keys, tmp_path: Path) -> None:
+    left = tmp_path / f"mirror/.{place.name}.4194305.part"  # of a process that cannot be
+    (left / "half").mkdir(parents=True)
     for _ in range(2):
         push(place, str(tmp_path / "mirror"))
     copy = tmp_path / "mirror" / place.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from katagpu import lockfile, lockparts, recipe
 from katagpu.lockfile import LockedPart, LockFile
 from tests.release.conftest import Keys, Starter
 from tests.release.test_preflight import git
+from tests.test_statement import URI
 from tests.toyrepo import RECIPE, ToyRepository
 
 MORE = '''
@@ -29,6 +31,8 @@ def make_real(build):
     if name in ("kata_config", "kernel_config", "boot_check"):
         if name == "boot_check" and "TOY_SICK" in os.environ:
             raise StepError("the guest did not pass its boot check")
+        if name == "boot_check" and "TOY_EDITS" in os.environ:
+            open(os.environ["TOY_EDITS"], "a").write("edited while it was built")
         for output in build.stage.outputs:
             text = "CONFIG_TOY=y\\n"
             if output.startswith("config") and name == "kata_config":
@@ -158,6 +162,33 @@ def test_a_guest_that_fails_its_boot_check(toy: ToyRepository) -> None:
     assert status == 2
     assert "did not pass its boot check" in err
     assert not place(toy, "1.0.0").exists()
+
+
+def test_a_repository_that_changes_while_it_is_built(toy: ToyRepository) -> None:
+    words = ["release", "no_agent=1", "unsigned=1", "version=1.0.0"]
+    status, _out, err = toy.run(*words, TOY_EDITS=str(toy.root / "rootfs/word"))
+    assert status == 1
+    assert "not committed: rootfs/word" in err
+    assert not place(toy, "1.0.0").exists()
+
+
+def test_the_statement_of_a_release(toy: ToyRepository) -> None:
+    """Every URI in it is one."""
+    git(toy.root, "remote", "add", "origin", "https://somebody:word@git.example/guests.git")
+    status, _out, err = toy.run("release", "no_agent=1", "unsigned=1", "version=1.0.0")
+    assert status == 0, err
+    made = json.loads((place(toy, "1.0.0") / "provenance-1.0.0.json").read_bytes())
+    definition = made["predicate"]["buildDefinition"]
+    dependencies = definition["resolvedDependencies"]
+    assert [each for each in dependencies if each.get("name") == "repository"] == [
+        {"name": "repository", "uri": "git+https://git.example/guests.git",
+         "digest": {"gitCommit": git(toy.root, "rev-parse", "HEAD").strip()}}]
+    for uri in (made["_type"], made["predicateType"], definition["buildType"],
+                made["predicate"]["runDetails"]["builder"]["id"],
+                *(each["uri"] for each in dependencies)):
+        assert URI.fullmatch(uri), uri
+    assert "word" not in str(dependencies)
+    assert "startedOn" not in made["predicate"]["runDetails"]["metadata"]
 
 
 @pytest.mark.parametrize(("words", "said"), [

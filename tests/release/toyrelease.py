@@ -53,7 +53,8 @@ def order(place: Path, version: str = "1.0.0", signer: signing.Signer | None = N
     return Order(recipe=RECIPE, version=version, signer=signer, licensed=licensed,
                  pieces=build(place, word, size=size, **facts),
                  built=Built(recipe={"name": RECIPE}, materials=[Material(
-                     uri="git+toy", name="repository", digest={"gitCommit": "c" * 40})]))
+                     uri="git+https://git.example/toy", name="repository",
+                     digest={"gitCommit": "c" * 40})]))
 
 
 def make(top: Path, version: str = "1.0.0", signer: signing.Signer | None = None,
