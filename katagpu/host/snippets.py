@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Mapping
 
 from katagpu.errors import UserError
-from katagpu.host import command, configure, pci, vfio
+from katagpu.host import command, configure, katafiles, pci, standalone, vfio
 from katagpu.host.command import Answer, Commands
 from katagpu.host.configure import Goal
 from katagpu.host.katafiles import PROGRAMS
@@ -134,18 +134,25 @@ def ctr(machine: Machine, goal: Goal, image: str) -> str:
     """A container by hand, for each device that can be given to one."""
     found = devices(machine)
     lines = [f"ctr image pull {shlex.quote(image)}"]
+    config = goal.effective.config
+    asked = standalone.socket(katafiles.effective(machine, configure.in_use(machine, goal.target)))
+    if asked:
+        config, copying = standalone.copying(goal.effective, own=goal.own)
+        lines += [f"# Kata asks the kubelet ({asked}) for a pod's GPUs, and ctr's containers are "
+                  "in no pod:", "# a copy that does not ask; renew it when the configuration "
+                  "changes", *copying]
     for node, what in found.items():
-        lines += [f"# {what}",
-                  shlex.join([*arguments(machine, goal, node), image, "gpu-check", "nvidia-smi"])]
+        lines += [f"# {what}", shlex.join([*arguments(machine, goal, node, config), image,
+                                           "gpu-check", "nvidia-smi"])]
     if not found:
         lines.append("# no GPU is bound to vfio-pci, and there is no vGPU: katagpu host bind BDF")
     return "\n".join(lines) + "\n"
 
 
-def arguments(machine: Machine, goal: Goal, node: str) -> list[str]:
-    """`ctr run` with a device, up to the image."""
+def arguments(machine: Machine, goal: Goal, node: str, config: str) -> list[str]:
+    """`ctr run` with a device and a configuration of Kata, up to the image."""
     return ["ctr", "run", "--rm", "--runtime", program(machine, goal.target.shim),
-            "--runtime-config-path", goal.effective.config, "--device", node]
+            "--runtime-config-path", config, "--device", node]
 
 
 def devices(machine: Machine) -> dict[str, str]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import tomllib
 from typing import Any
 
 import pytest
 import yaml
 
+from katagpu.host import katafiles
+from katagpu.host.katafiles import Target
+from katagpu.host.machine import Machine
+from katagpu.kataversions import NEWEST, Shim
 from tests import hosttree
 from tests.host import katatree, vgpuhost
 from tests.host.conftest import Host, Make
@@ -70,7 +75,9 @@ def test_kubernetes(host: Make) -> None:
 
 
 def test_ctr(host: Make) -> None:
-    pull, comment, run = text(host(ready), "ctr").splitlines()
+    here = host(ready)
+    here.tree.file(f"{katatree.DROP_INS}/60-mine.toml", '[runtime]\npod_resource_api_sock = ""\n')
+    pull, comment, run = text(here, "ctr").splitlines()
     assert pull == "ctr image pull docker.io/library/ubuntu:24.04"
     assert comment == "# 0000:41:00.0 [10de:20b5]"
     words = shlex.split(run)
@@ -79,14 +86,43 @@ def test_ctr(host: Make) -> None:
     assert words[-2:] == ["gpu-check", "nvidia-smi"]
 
 
+@pytest.mark.parametrize("version", ["4.1.0", "3.26.0"])
+def test_ctr_with_a_copy_that_asks_no_kubelet(host: Make, version: str) -> None:
+    """The lines make it; Kata merges it from there to what it reads else, without the socket."""
+    here = host(ready)
+    if version == "3.26.0":  # a directory of several runtimes: ours is a whole configuration
+        here.tree.file("opt/kata/VERSION", version)
+        katatree.kata(here.tree, version)
+        path = here.tree.root / katatree.DEFAULTS / "configuration-qemu-nvidia-gpu.toml"
+        path.write_text((here.tree.root / katatree.GO).read_text())
+    assert here("configure", "--yes", "--shim", "go").status == 0
+    lines = text(here, "ctr", "--shim", "go").splitlines()
+    assert "asks the kubelet" in lines[1]
+    place = str(here.tree.root / "run/katagpu-ctr/go")
+    for line in lines[3:-2]:
+        line = line.replace("/run/katagpu-ctr/go", place)
+        for there in ("/opt/", "/etc/"):
+            line = line.replace(f" {there}", f" {here.tree.root}{there}")
+        subprocess.run(["sh", "-ec", line], check=True)
+    assert "--runtime-config-path /run/katagpu-ctr/go/configuration.toml --device" in lines[-1]
+    machine = Machine(here.tree.root)
+    found = [katafiles.effective(machine, Target(Shim.GO, NEWEST, path)) for path in (
+        "/run/katagpu-ctr/go/configuration.toml",
+        katatree.OWN if version == "3.26.0" else f"/{katatree.GO}")]
+    wanted = found[1].values
+    wanted["runtime"]["pod_resource_api_sock"] = ""
+    assert found[0].values == wanted
+
+
 def test_two_gpus_of_one_group_have_one_line(host: Make) -> None:
     here = host(hosttree.switch)
     katatree.kata(here.tree)
     katatree.guest(here.tree)
     assert here("bind", "18:00.0", "--yes").status == 0
     lines = here("snippets", "ctr").out.splitlines()
-    assert lines[1] == "# 0000:18:00.0 [10de:2236], and 0000:19:00.0 [10de:2236]"
-    assert len(lines) == 3 and " --device /dev/vfio/7 " in lines[2]
+    assert lines[-2] == "# 0000:18:00.0 [10de:2236], and 0000:19:00.0 [10de:2236]"
+    assert " --device /dev/vfio/7 " in lines[-1]
+    assert sum(line.startswith("ctr run ") for line in lines) == 1
 
 
 def test_a_kernel_without_groups_has_a_line_for_each_gpu(host: Make) -> None:
