@@ -30,6 +30,11 @@ DROP_IN = "55-katagpu-host.toml"
 INSTALLED = "50-katagpu.toml"  # what katagpu-install.pyz places
 OWN = "/etc/kata-containers/katagpu"
 SOURCE = "# made of "
+# Words of Kata's own guest: its init, its cgroups, its image (KERNELPARAMS_NV and KERNELPARAMS of
+# src/runtime/Makefile, 3.2 to 4.1).
+KATA_S = ("devtmpfs.mount=0", "systemd.unified_cgroup_hierarchy=1", *kataconfig.KERNEL_PARAMS)
+KATA_S_IMAGE = ("root=", "rootfstype=", "rootflags=", "rootfs_verity.", "cc_rootfs_verity.",
+                "dm-mod.create=")
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,26 @@ def plan(machine: Machine, given: argparse.Namespace) -> tuple[Guest, list[Goal]
     port = Port(given.port)
     plug = Plug.HOT if port is Port.BRIDGE else Plug(given.plug)
     for target in _targets(machine, given, given.kata_version):
-        settings = guest.on(target, functions=functions, bar=bar, plug=plug, port=port)
+        settings = replace(
+            guest.on(target, functions=functions, bar=bar, plug=plug, port=port),
+            host_kernel_params=_words(machine, target))
         notes += [f"{target.shim}: {line}" for line in kataconfig.losses(settings)]
         goals.append(Goal(target, settings, *_place(machine, target)))
     return guest, goals, notes
+
+
+def _words(machine: Machine, target: Target) -> tuple[str, ...]:
+    """Kernel parameters that are the host's: agent.https_proxy of kata-deploy, the user's own.
+
+    A file of ours would replace them with all of the string. Those of our files are of a guest.
+    """
+    try:
+        found = katafiles.effective(machine, target, without=(INSTALLED, DROP_IN))
+    except UserError:  # who reads it for its own sake says so
+        return ()
+    text = str(found.table(kataconfig.HYPERVISOR).get("kernel_params", ""))
+    return tuple(word for word in text.split()
+                 if word not in KATA_S and not word.startswith(KATA_S_IMAGE))
 
 
 def _place(machine: Machine, target: Target) -> tuple[str, bool]:

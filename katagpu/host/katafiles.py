@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,13 +193,18 @@ def loads(text: str, *, old: bool = sys.version_info < (3, 11)) -> dict[str, Any
         raise tomlreader.Wrong(why or str(failure), line) from None
 
 
-def effective(machine: Machine, target: Target) -> Effective:
-    """What a runtime sees. Raises `UserError` where it would not get that far."""
+def effective(machine: Machine, target: Target, *, without: Container[str] = ()) -> Effective:
+    """What a runtime sees. Raises `UserError` where it would not get that far.
+
+    `without`: names of drop-ins that are left out.
+    """
     values = read(machine, target.config)
     origin = {(table, key): target.config for table, key in _keys(values)}
     files, problems = [target.config], []
     if reads_drop_ins(target.shim, target.version):
         for name in sorted(machine.names(target.drop_ins), key=lambda word: word.encode()):
+            if name in without:
+                continue
             path = f"{target.drop_ins}/{name}"
             link = machine.path(path, follow=False).is_symlink()
             if not machine.path(path).is_file() or (link and target.shim is Shim.RUST):

@@ -174,6 +174,74 @@ def test_without_a_word_nothing_is_written(here: Host) -> None:
     assert here.tree.snapshot() == before
 
 
+PROXY = "agent.https_proxy=http://proxy:3128"
+
+
+def with_proxy(here: Host, *more: str) -> None:
+    """kata-deploy's drop-in for a proxy: Kata's own words, and its."""
+    words = " ".join((*kataconfig.KERNEL_PARAMS, *more, PROXY))
+    here.tree.file(f"{katatree.DROP_INS}/30-kernel-params.toml",
+                   f'[hypervisor.qemu]\nkernel_params = "{words}"\n')
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_kernel_parameters_of_the_host_are_not_lost(host: Make, placed: bool) -> None:
+    """Kata replaces the string: the guest's drop-ins would take the proxy away."""
+    here = host(hosttree.a100)
+    katatree.kata(here.tree)
+    katatree.guest(here.tree, placed=placed, extra_kernel_params=("guest=1",))
+    with_proxy(here, "devtmpfs.mount=0")
+    if placed:  # only the release's own drop-in is there
+        (lost,) = here("configure", "--check", "--json").data["differences"]
+        assert lost["key"] == "kernel_params" and PROXY in lost["wants"]
+    assert here("configure", "--yes").status == 0
+    wanted = f"{PROXY} {' '.join(kataconfig.KERNEL_PARAMS)} guest=1"
+    assert qemu(here, OURS)["kernel_params"] == wanted
+    assert here("configure", "--check").status == 0
+    here.tree.file(OURS, katatree.read(here.tree, OURS).replace(PROXY, "quiet"))
+    (lost,) = here("configure", "--check", "--json").data["differences"]
+    assert lost["key"] == "kernel_params"
+
+
+def test_kernel_parameters_of_a_previous_guest_are_dropped(host: Make) -> None:
+    here = host(hosttree.a100)
+    katatree.kata(here.tree)
+    with_proxy(here)
+    katatree.guest(here.tree, name="old-1", extra_kernel_params=("old=1",))
+    assert here("configure", "--yes").status == 0
+    assert "old=1" in qemu(here, OURS)["kernel_params"]
+    (here.tree.root / katatree.HOME / "current").unlink()
+    katatree.guest(here.tree, name="new-1", extra_kernel_params=("new=1",))
+    assert here("configure", "--check").status == 1
+    assert here("configure", "--yes").status == 0
+    words = qemu(here, OURS)["kernel_params"].split()
+    assert "new=1" in words and PROXY in words and "old=1" not in words
+
+
+def test_kernel_parameters_in_a_configuration_of_our_own(host: Make) -> None:
+    here = host(hosttree.a100)
+    katatree.kata(here.tree, "3.7.0")
+    katatree.guest(here.tree, placed=False)
+    assert here("configure", "--yes").status == 0
+    assert qemu(here, OWN)["kernel_params"].split() == [
+        "agent.hotplug_timeout=20", *kataconfig.KERNEL_PARAMS]
+    source = here.tree.root / katatree.DEFAULTS / "configuration-qemu-nvidia-gpu.toml"
+    source.write_text(source.read_text().replace("agent.hotplug_timeout=20", PROXY))
+    lost = here("configure", "--check", "--json").data["differences"]
+    assert [one["key"] for one in lost] == ["kernel_params", ""]  # and the file has changed
+    assert here("configure", "--yes").status == 0
+    assert qemu(here, OWN)["kernel_params"].split()[0] == PROXY
+
+
+def test_switch_ports_and_the_rust_runtime(host: Make) -> None:
+    here = host(hosttree.t4)
+    katatree.kata(here.tree, rust=True)
+    katatree.guest(here.tree)
+    said = here("configure", "--yes", "--port", "switch-port")
+    assert said.status == 1 and "--shim go" in said.err
+    assert here("configure", "--yes", "--port", "switch-port", "--shim", "go").status == 0
+
+
 DISK = kataconfig.Extension(name="gpu", path=f"/{katatree.HOME}/toy-1.0.0/gpu.image",
                             verity_params=katatree.LINE)
 
