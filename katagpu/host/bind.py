@@ -91,7 +91,7 @@ def _load(machine: Machine, driver: str) -> None:
     if machine.exists(f"{DRIVERS}/{driver}"):
         return
     try:
-        machine.run(["modprobe", driver], undo=[Run(("modprobe", "-r", driver))])
+        machine.run(["modprobe", driver], undo=[Run(("modprobe", "-r", driver))], atomic=True)
     except UserError as failure:
         if driver == GRACE and failure.hint is None:
             failure.hint = ("the GPU of a Grace superchip wants this driver, which Linux 6.9 has "

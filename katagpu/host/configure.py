@@ -283,5 +283,7 @@ def _removed(machine: Machine, given: argparse.Namespace) -> Answer:
         with machine.together():
             for path in ours:
                 machine.remove(path)
+    if ours and machine.dry_run:
+        return Answer()
     return Answer([f"removed: {path}" for path in ours] or ["there is nothing of this command"],
                   {"removed": ours})

@@ -76,16 +76,31 @@ def enable(machine: Machine, given: argparse.Namespace) -> Answer:
     machine.agree(f"enable {gpu.total_vfs} virtual functions of {gpu.address}")
     with machine.together():
         if machine.exists(SRIOV_MANAGE):
-            machine.run([SRIOV_MANAGE, "-e", gpu.address], timeout=ENABLING,
-                        undo=[Run((SRIOV_MANAGE, "-d", gpu.address), ENABLING)])
+            _manage(machine, gpu, "-e", "-d")
         else:
             machine.write(f"{gpu.path}/sriov_numvfs", f"{gpu.total_vfs}\n",
                           undo=[Write(f"{gpu.path}/sriov_numvfs", "0\n")])
+        if machine.dry_run:
+            return Answer()
         after = pci.read(machine, gpu.address)
-        if not after.vfs and not machine.dry_run:
-            raise UserError(f"{gpu.address} has no virtual function afterwards",
-                            hint="SR-IOV has to be on in the BIOS; dmesg | grep -i nvrm says more")
+        if len(after.vfs) < gpu.total_vfs:
+            raise UserError(f"{gpu.address} has {len(after.vfs) or 'no'} virtual function"
+                            f"{'' if len(after.vfs) < 2 else 's'} afterwards, and not "
+                            f"{gpu.total_vfs}", hint="SR-IOV has to be on in the BIOS; dmesg | "
+                                                     "grep -i nvrm says more")
     return _functions(after, f"{gpu.address}: {len(after.vfs)} virtual functions")
+
+
+def _manage(machine: Machine, gpu: Function, flag: str, back: str) -> None:
+    """Run sriov-manage. Where it fails, what it did half-way is undone, and nothing else."""
+    undo = Run((SRIOV_MANAGE, back, gpu.address), ENABLING)
+    try:
+        machine.run([SRIOV_MANAGE, flag, gpu.address], timeout=ENABLING, undo=[undo], atomic=True)
+    except UserError:
+        now = pci.read(machine, gpu.address)
+        if (list(now.vfs), now.driver) != (list(gpu.vfs), gpu.driver):
+            machine.also([undo])
+        raise
 
 
 def _functions(gpu: Function, line: str) -> Answer:
@@ -105,13 +120,14 @@ def disable(machine: Machine, given: argparse.Namespace) -> Answer:
     machine.agree(f"disable the virtual functions of {gpu.address}")
     with machine.together():
         if machine.exists(SRIOV_MANAGE):
-            machine.run([SRIOV_MANAGE, "-d", gpu.address], timeout=ENABLING,
-                        undo=[Run((SRIOV_MANAGE, "-e", gpu.address), ENABLING)])
+            _manage(machine, gpu, "-d", "-e")
         else:
             machine.write(f"{gpu.path}/sriov_numvfs", "0\n",
                           undo=[Write(f"{gpu.path}/sriov_numvfs", f"{len(gpu.vfs)}\n")])
+        if machine.dry_run:
+            return Answer()
         after = pci.read(machine, gpu.address)
-        if after.vfs and not machine.dry_run:
+        if after.vfs:
             raise UserError(f"{gpu.address} still has {len(after.vfs)} virtual functions",
                             hint="something uses them: fuser -v /dev/vfio/*")
     return _functions(after, f"{gpu.address}: its virtual functions are gone")
@@ -137,7 +153,7 @@ def create(machine: Machine, given: argparse.Namespace) -> Answer:
             machine.write(f"{path}/{CURRENT}", f"{kind.directory}\n",
                           undo=[Write(f"{path}/{CURRENT}", "0\n")])
         if machine.dry_run:
-            return Answer(notes, {"vgpu": name, "type": kind.name})
+            return Answer(notes, {"notes": notes})
         found = next((one for one in vgputypes.made(machine, gpu) if one.name == name), None)
         if found is None or found.node is None:
             raise UserError(f"the vGPU {name} is not there afterwards, or has no IOMMU group",
@@ -171,6 +187,8 @@ def remove(machine: Machine, given: argparse.Namespace) -> Answer:
             else:
                 machine.write(f"{path}/{CURRENT}", "0\n",
                               undo=[Write(f"{path}/{CURRENT}", f"{one.directory}\n")])
+    if machine.dry_run:
+        return Answer()
     return Answer([f"removed: {one.name}" for one in chosen],
                   {"removed": [one.name for one in chosen]})
 

@@ -154,6 +154,8 @@ def test_written_again_only_where_something_changed(here: Host) -> None:
 def test_remove_takes_back_what_was_written(here: Host) -> None:
     before = here.tree.snapshot()
     here("configure", "--yes")
+    assert here("configure", "--remove", "--dry-run").out == f"rm -f {OURS}\n"
+    assert "removed" not in here("configure", "--remove", "--dry-run", "--json").data
     assert here("configure", "--remove", "--yes").out == f"removed: {OURS}\n"
     assert here.tree.snapshot() == before
     assert "nothing of this command" in here("configure", "--remove", "--yes").out

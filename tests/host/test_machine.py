@@ -218,6 +218,40 @@ def test_a_program_that_changes_and_fails(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize(("script", "atomic", "stays"), [
+    ("touch $0; exit 1", False, False), ("touch $0; sleep 30", False, False),
+    ("touch $0; exit 1", True, True)])
+def test_what_a_failed_program_did_half_way_is_undone(tmp_path: Path, script: str, atomic: bool,
+                                                      stays: bool) -> None:
+    host = Machine(tmp_path, yes=True, search="/bin:/usr/bin")
+    host.agree("change")
+    made = str(tmp_path / "made")
+    with pytest.raises(UserError), host.together():
+        host.run(["sh", "-c", script, made], timeout=1, undo=[Run(("rm", made))], atomic=atomic)
+    assert (tmp_path / "made").exists() is stays
+
+
+def test_a_program_that_is_not_there_has_done_nothing(tmp_path: Path) -> None:
+    host = Machine(tmp_path, yes=True, search="/bin:/usr/bin")
+    host.agree("change")
+    with pytest.raises(Missing) as failure, host.together():
+        host.run(["no-such-program"], undo=[Run(("false",))])
+    assert "undone" not in failure.value.what
+
+
+def test_a_write_that_is_given_up_may_be_done(place: Path) -> None:
+    def slow(path: Path, data: bytes) -> None:
+        path.write_bytes(data)
+        if data == b"new":
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), str(path))
+
+    host = Machine(place, yes=True, attributes=slow)
+    host.agree("change")
+    with pytest.raises(Refused), host.together():
+        host.write("/sys/one", "new", undo=[old("one")])
+    assert contents(place)["one"] == "old\n"
+
+
 def test_lines_that_can_be_pasted(tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("x")
     for change in (Write(f"{tmp_path}/a file", "some words\n"), Write(f"{tmp_path}/a file", "\n")):
