@@ -58,6 +58,16 @@ class Target:
         return f"{self.directory}/config.d"
 
     @property
+    def handler(self) -> str | None:
+        """Its name at containerd, where kata-deploy made the directory: of one of its own
+        runtimes, or of one that the user added (`customRuntimes`), whose name is the user's.
+        """
+        if not self.alone:
+            return None
+        name = self.directory.rpartition("/")[2]
+        return name if "/custom-runtimes/" in self.config else f"kata-{name}"
+
+    @property
     def alone(self) -> bool:
         """Is the directory that of this runtime, so that its drop-ins are for no other?"""
         return "/runtimes/" in self.config or "/custom-runtimes/" in self.config
@@ -117,7 +127,6 @@ def places(shim: Shim, named: str | None, there: Version) -> Iterator[str]:
         base = f"{prefix}/{DEFAULTS}"
         if there >= OWN_DIRECTORIES:
             yield f"{base}{level}/runtimes/{handler}/configuration-{handler}.toml"
-            yield f"{base}/custom-runtimes/{handler}/configuration-{handler}.toml"
         yield f"{base}{level}/configuration-{handler}.toml"
     if named:
         return
@@ -127,6 +136,20 @@ def places(shim: Shim, named: str | None, there: Version) -> Iterator[str]:
             yield f"{prefix}/{DEFAULTS}{level}/{name}"
 
 
+def _custom(machine: Machine, shim: Shim, handler: str) -> Iterator[str]:
+    """The configuration of a runtime that the user added at kata-deploy.
+
+    Its file is a copy of that of one of kata-deploy's, under that one's name
+    (install_custom_runtime_configs in kata-deploy's artifacts/install.rs).
+    """
+    for prefix in PREFIXES:
+        place = f"{prefix}/{DEFAULTS}/custom-runtimes/{handler}"
+        for name in machine.names(place):
+            if re.fullmatch(r"configuration-.+\.toml", name) and (RUST in name) is (
+                    shim is Shim.RUST):
+                yield f"{place}/{name}"
+
+
 def targets(machine: Machine, *, shim: Shim | None = None, config: str | None = None,
             kata: str | None = None, handler: str | None = None) -> list[Target]:
     """The runtimes that are configured: those that were asked for, or all that are there.
@@ -134,7 +157,7 @@ def targets(machine: Machine, *, shim: Shim | None = None, config: str | None = 
     Raises `UserError` where there is none.
     """
     if config is not None:
-        kind = shim or (Shim.RUST if f"/{RUST}/" in config else Shim.GO)
+        kind = shim or (Shim.RUST if RUST in config else Shim.GO)
         if not machine.exists(config):
             raise UserError(f"{config}: there is no such file")
         there = parse(kata) if kata else version(machine, kind)
@@ -146,7 +169,8 @@ def targets(machine: Machine, *, shim: Shim | None = None, config: str | None = 
         except UserError as failure:
             last = failure
             continue
-        for path in places(kind, handler, there):
+        own = _custom(machine, kind, handler) if handler else ()
+        for path in (*places(kind, handler, there), *own):
             if machine.exists(path):
                 found.append(Target(kind, there, machine.real(path)))
                 break

@@ -447,12 +447,18 @@ def test_a_release_whose_parts_are_not_of_one_guest(here: Host) -> None:
     refused(here, "take the release again")
     (place / "manifest-1.0.0.json").write_text('{"schema": 9}')
     refused(here, "schema that is not known")
+    for key, value in (("driver", "580"), ("driver", ["580"]), ("kernel_verity_params", 1)):
+        (place / "manifest-1.0.0.json").write_text(json.dumps({**facts, key: value}))
+        refused(here, f"{key} is {value!r}, and not as a build writes it")
     (place / "manifest-1.0.0.json").unlink()
     refused(here, "has no manifest.json")
 
 
 @pytest.mark.parametrize(("old", "new"), [
     ("rootfs_type", "x"), ("[hypervisor.qemu]", "[hypervisor.clh]"),
+    ("[hypervisor.qemu]", "hypervisor = 1\n[x]"),
+    ("[hypervisor.qemu]", "[hypervisor]\nqemu = 1\n[x]"),
+    ("[hypervisor.qemu]", "[hypervisor.qemu]\nguest_extension_images = [1]"),
     ('kernel_params = "', 'kernel_params = 1 # "'), ('image = "', 'image = true # "')])
 def test_a_drop_in_that_no_build_wrote(here: Host, old: str, new: str) -> None:
     path = here.tree.root / katatree.HOME / "toy-1.0.0/config/50-katagpu.toml"
