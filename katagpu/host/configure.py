@@ -29,6 +29,7 @@ MARK = "# Written by `katagpu host configure`"
 DROP_IN = "55-katagpu-host.toml"
 INSTALLED = "50-katagpu.toml"  # what katagpu-install.pyz places
 OWN = "/etc/kata-containers/katagpu"
+OWN_NAMES = {Shim.GO: "configuration.toml", Shim.RUST: "configuration-runtime-rs.toml"}
 SOURCE = "# made of "
 # Words of Kata's own guest: its init, its cgroups, its image (KERNELPARAMS_NV and KERNELPARAMS of
 # src/runtime/Makefile, 3.2 to 4.1).
@@ -147,8 +148,7 @@ def _place(machine: Machine, target: Target) -> tuple[str, bool]:
     """The file of ours for a runtime; is it a whole configuration, and no drop-in?"""
     if reads_drop_ins(target.shim, target.version) and _alone(machine, target):
         return f"{target.drop_ins}/{DROP_IN}", False
-    name = "configuration.toml" if target.shim is Shim.GO else "configuration-runtime-rs.toml"
-    return f"{OWN}/{name}", True
+    return f"{OWN}/{OWN_NAMES[target.shim]}", True
 
 
 def in_use(machine: Machine, target: Target) -> Target:
@@ -182,7 +182,7 @@ def _gpus(machine: Machine, given: argparse.Namespace) -> tuple[int, Bar]:
     gpus = pci.gpus(machine)
     if not gpus and (given.functions is None or given.bar is None):
         raise UserError("this host has no NVIDIA GPU to count",
-                        hint="--functions N --bar large writes the configuration all the same")
+                        hint="--functions N --bar large say what it will have")
     groups = {gpu.group or gpu.address: gpu for gpu in gpus}
     count = 0
     for gpu in groups.values():
@@ -273,11 +273,8 @@ def _data(guest: Guest, goals: list[Goal], notes: list[str],
 
 def _removed(machine: Machine, given: argparse.Namespace) -> Answer:
     """Remove our files; the runtimes are as they were before."""
-    found = [f"{OWN}/configuration.toml", f"{OWN}/configuration-runtime-rs.toml"]
-    with contextlib.suppress(UserError):  # Kata may be gone by now
-        found += [f"{target.drop_ins}/{DROP_IN}"
-                  for target in _targets(machine, given, given.kata_version or str(NEWEST))]
-    ours = [path for path in found if (machine.text(path) or "").startswith(MARK)]
+    ours = [path for path in _written(machine, given)
+            if (machine.text(path) or "").startswith(MARK)]
     if ours:
         machine.agree(f"remove {', '.join(ours)}")
         with machine.together():
@@ -287,3 +284,16 @@ def _removed(machine: Machine, given: argparse.Namespace) -> Answer:
         return Answer()
     return Answer([f"removed: {path}" for path in ours] or ["there is nothing of this command"],
                   {"removed": ours})
+
+
+def _written(machine: Machine, given: argparse.Namespace) -> list[str]:
+    """Where our files may be: of the runtime that is named, else of all that Kata can have."""
+    found: list[str] = []
+    chosen = given.shim or given.handler or given.config
+    with contextlib.suppress(UserError):  # Kata may be gone by now
+        for target in _targets(machine, given, given.kata_version or str(NEWEST)):
+            found += [_place(machine, target)[0], f"{target.drop_ins}/{DROP_IN}"]
+    if not chosen:
+        found += [f"{OWN}/{name}" for name in OWN_NAMES.values()]
+        found += [f"{place}/config.d/{DROP_IN}" for place in katafiles.directories(machine)]
+    return list({machine.real(path): path for path in found}.values())

@@ -183,6 +183,16 @@ def targets(machine: Machine, *, shim: Shim | None = None, config: str | None = 
     return found
 
 
+def directories(machine: Machine) -> Iterator[str]:
+    """Where Kata and kata-deploy have configurations of runtimes, whatever their names."""
+    for level in ("", f"/{RUST}"):
+        yield f"/etc/kata-containers{level}"
+        for base in (f"{prefix}/{DEFAULTS}{level}" for prefix in PREFIXES):
+            yield base
+            for kind in ("runtimes", "custom-runtimes"):
+                yield from (f"{base}/{kind}/{name}" for name in machine.names(f"{base}/{kind}"))
+
+
 def read(machine: Machine, path: str) -> dict[str, Any]:
     """A TOML file. Raises `UserError` with the line that is wrong."""
     data = machine.raw(path)

@@ -161,6 +161,25 @@ def test_remove_takes_back_what_was_written(here: Host) -> None:
     assert "nothing of this command" in here("configure", "--remove", "--yes").out
 
 
+def test_remove_finds_what_was_written_for_any_runtime(host: Make) -> None:
+    here = host(hosttree.a100)
+    katatree.kata(here.tree, rust=True)
+    katatree.guest(here.tree)
+    place = f"{katatree.DEFAULTS}/custom-runtimes/mine/configuration-qemu-nvidia-gpu.toml"
+    here.tree.file(place, (here.tree.root / katatree.GO).read_text())
+    here.tree.file("etc/kata-containers/configuration.toml",
+                   (here.tree.root / katatree.GO).read_text())
+    before = here.tree.snapshot()
+    for words in ([], ["--handler", "mine"], ["--config", "/etc/kata-containers/configuration.toml",
+                                              "--shim", "go"]):
+        assert here("configure", "--yes", *words).status == 0
+    said = here("configure", "--remove", "--yes", "--handler", "mine", "--json").data["removed"]
+    assert said == [f"/{place.rpartition('/')[0]}/config.d/{configure.DROP_IN}"]
+    said = here("configure", "--remove", "--yes", "--json").data["removed"]
+    assert len(said) == 3 and f"/etc/kata-containers/config.d/{configure.DROP_IN}" in said
+    assert here.tree.snapshot() == before
+
+
 def test_a_dry_run_writes_nothing(here: Host) -> None:
     before = here.tree.snapshot()
     said = here("configure", "--dry-run")
