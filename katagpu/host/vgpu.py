@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 
 from katagpu.errors import UserError
-from katagpu.host import command, nvidia, pci, vgputypes
+from katagpu.host import command, nvidia, pci, support, vgputypes
 from katagpu.host.changes import Run, Write
 from katagpu.host.command import Answer, Commands
 from katagpu.host.machine import Machine
@@ -203,11 +203,21 @@ def _owner(machine: Machine, function: Function) -> Function:
 
 def _physical(machine: Machine, text: str) -> Function:
     gpu = _owner(machine, pci.resolve(machine, text))
+    if gpu.total_vfs and not _by_functions(gpu):
+        raise UserError(f"{gpu} is {support.generation(gpu.device)}: its vGPU types are on the "
+                        "card itself, and not on virtual functions",
+                        hint="katagpu host vgpu list has them, where NVIDIA's vGPU manager runs")
     if not gpu.total_vfs:
         raise UserError(f"{gpu} has no SR-IOV (sriov_totalvfs is not there, or 0)",
                         hint="cards before Ampere have none, and their vGPU types on themselves; "
                              "else it is off in the BIOS")
     return gpu
+
+
+def _by_functions(gpu: Function) -> bool:
+    """Are its vGPUs made on virtual functions? Turing can have those too, and has no use for them.
+    """
+    return support.generation(gpu.device) not in ("Turing", *support.CLOSED_ONLY)
 
 
 def _chosen(machine: Machine, gpu: Function, function: Function, text: str) -> Kind:
@@ -269,7 +279,7 @@ def _why_none(machine: Machine, gpu: Function) -> str:
     if gpu.driver in DRIVERS:
         return f"it is bound to {gpu.driver}, for a guest of its own: katagpu host unbind " \
                f"{gpu.address}"
-    if gpu.total_vfs and not gpu.vfs:
+    if gpu.total_vfs and not gpu.vfs and _by_functions(gpu):
         return f"its virtual functions are off: katagpu host vgpu enable {gpu.address}"
     return "its driver offers no vGPU types: that takes NVIDIA's vGPU manager (-vgpu-kvm.run), " \
            "and a card that it supports"

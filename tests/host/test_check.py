@@ -334,6 +334,8 @@ def test_a_reset(host: Make) -> None:
     (hosttree.a30, {"version": "440.100"}, "fail", "is Ampere"),
     (hosttree.no_iommu, {}, "fail", "is Pascal, and the guest's driver is 550.163.01 (open)"),
     (hosttree.no_iommu, {"flavour": "closed"}, "pass", "drives Pascal"),
+    (hosttree.gh200, {"flavour": "closed"}, "fail", "is Hopper, and the guest's driver"),
+    (hosttree.gh200, {}, "pass", "drives Hopper"),
     (hosttree.no_iommu, {"flavour": "closed", "version": "590.48.01"}, "fail", "is Pascal")])
 def test_the_guests_driver(host: Make, build: Callable[[Path], Tree], facts: dict[str, Any],
                            state: str, said: str) -> None:

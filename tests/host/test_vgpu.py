@@ -78,6 +78,7 @@ def test_types_of_a_card_before_ampere(card: Cards) -> None:
 @pytest.mark.parametrize(("build", "changes", "word"), [
     (vgpuhost.card, {}, f"katagpu host vgpu enable {PF}"),
     (vgpuhost.card, {"total": 0}, "-vgpu-kvm.run"),
+    (vgpuhost.card, {"total": 16, "ids": "10de:1eb8"}, "-vgpu-kvm.run"),  # a T4 has SR-IOV too
     (vgpuhost.card, {"driver": "vfio-pci"}, f"katagpu host unbind {PF}")])
 def test_why_there_is_none(card: Cards, build: Any, changes: dict[str, Any], word: str) -> None:
     assert word in card(lambda root: build(root, **changes))("vgpu", "list").out
@@ -169,7 +170,8 @@ def test_a_kernel_that_makes_none(card: Cards) -> None:
 
 
 @pytest.mark.parametrize(("changes", "word"), [
-    ({"driver": "vfio-pci"}, "is bound to vfio-pci"), ({"total": 0}, "has no SR-IOV")])
+    ({"driver": "vfio-pci"}, "is bound to vfio-pci"), ({"total": 0}, "has no SR-IOV"),
+    ({"ids": "10de:1eb8"}, "is Turing: its vGPU types are on the card itself")])
 def test_cards_that_have_none_to_enable(card: Cards, changes: dict[str, Any], word: str) -> None:
     refused(card(lambda root: vgpuhost.card(root, **changes)), word, "enable", PF)
 
