@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from katagpu.host.changes import Change, Run
 from katagpu.host.command import Answer, Commands
 from katagpu.host.machine import Machine
 from katagpu.host.programs import Missing
-from katagpu.host.smi import PROGRAM, Gpu, Instance, Profile
+from katagpu.host.smi import PROGRAM, Compute, Gpu, Instance, Profile
 
 SWITCHING = 120.0  # seconds: a GPU that is reset, or whose driver starts anew
 HEAD = ("GPU", "BDF", "NAME", "MIG", "PENDING", "INSTANCES")
@@ -249,14 +250,22 @@ def destroy(machine: Machine, given: argparse.Namespace) -> Answer:
                                    str(one.number)))
                 _run(machine, _words(gpu, "mig", "-dci", "-ci", str(compute.number), "-gi",
                                      str(one.number)), [again],
-                     lambda gone=compute: gone not in smi.computes(machine, gpu))
+                     functools.partial(_no_compute, machine, gpu, compute))
             back.append(Run(_words(gpu, "mig", "-cgi", f"{one.profile}:{one.start}")))
             _run(machine, _words(gpu, "mig", "-dgi", "-gi", str(one.number)), back,
-                 lambda gone=one: gone not in smi.instances(machine, gpu))
+                 functools.partial(_no_instance, machine, gpu, one))
     if machine.dry_run:
         return Answer()
     return Answer([f"{gpu.address}: instance {one.number} ({one.name}) is gone"
                    for one in chosen], {"destroyed": [one.number for one in chosen]})
+
+
+def _no_compute(machine: Machine, gpu: Gpu, compute: Compute) -> bool:
+    return compute not in smi.computes(machine, gpu)
+
+
+def _no_instance(machine: Machine, gpu: Gpu, instance: Instance) -> bool:
+    return instance not in smi.instances(machine, gpu)
 
 
 # what is meant

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import asdict
 
 from katagpu.errors import UserError
 from katagpu.host import (
@@ -54,22 +55,22 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
     program = containers.choose(machine, given.program)
     notes += [containers.NOTES[program]] if program in containers.NOTES else []
     node, ids = _device(machine, given.device)
+    what = snippets.devices(machine).get(node, node)
     target = configure.in_use(machine, goal.target)
     copy, more = _without_kubelet(machine, program, target)
     notes += more
     job = Job(name=f"katagpu-smoke-{os.getpid()}", image=given.image, device=node,
               script=smokeparts.SCRIPT, shim=snippets.program(machine, goal.target.shim),
               config=target.config, handler=snippets.name_of(goal), copy=copy)
-    machine.agree(f"run a container with {node}, by {program}")
+    machine.agree(f"run a container with {node} ({what}), by {program}")
     steps = _steps(machine, program, job, guest, ids, given.timeout)
     if machine.dry_run:
         return Answer([f"note: {note}" for note in notes], {"notes": notes})
-    lines = [line for step in steps for line in step.lines]
+    lines = [f"{node}: {what}", *(line for step in steps for line in step.lines)]
     fine = all(step.passed for step in steps)
     return Answer([*lines, *(f"note: {note}" for note in notes)],
-                  {"device": node, "program": program, "config": job.config, "notes": notes,
-                   "steps": [{"name": step.name, "passed": step.passed, "said": step.said,
-                              "reason": step.reason} for step in steps]}, fine)
+                  {"device": node, "what": what, "program": program, "config": job.config,
+                   "notes": notes, "steps": [asdict(step) for step in steps]}, fine)
 
 
 def _without_kubelet(machine: Machine, program: str, target: Target) -> tuple[str, list[str]]:

@@ -85,6 +85,7 @@ def test_all_of_the_guide_s_steps(node: Node) -> None:
     said = here("smoke", "--yes")
     assert said.status == 0, said.out + said.err
     assert said.out.splitlines() == [
+        f"/dev/vfio/192: {GPU} [10de:20b5]",
         "pass  a container with /dev/vfio/192: ran by ctr",
         f"pass  uname -r: {katatree.KERNEL_RELEASE}",
         f"pass  lspci -nn: 10de:20b5: {line}",
