@@ -247,7 +247,22 @@ def _checked(machine: Machine, guest: Guest, goals: list[Goal], notes: list[str]
 def differences(machine: Machine, goal: Goal) -> list[katacheck.Difference]:
     """What a runtime sees that is not what the guest needs. Raises `UserError` for bad files."""
     use = in_use(machine, goal.target)
-    return [*katacheck.differences(machine, use, goal.settings), *_stale(machine, goal)]
+    return [*katacheck.differences(machine, use, goal.settings), *_stale(machine, goal),
+            *_leftover(machine, goal, use)]
+
+
+def _leftover(machine: Machine, goal: Goal, use: Target) -> Iterator[katacheck.Difference]:
+    """Kernel parameters in our file that neither this guest has nor another file."""
+    table, key = kataconfig.HYPERVISOR, "kernel_params"
+    found = katafiles.effective(machine, use)
+    if found.origin.get((table, key)) != goal.path:
+        return
+    has, wants = str(found.table(table)[key]), goal.settings.kernel_params
+    more = [word for word in has.split() if word not in wants.split()]
+    if more and set(wants.split()) <= set(has.split()):  # what is lacking has a line already
+        yield katacheck.Difference(
+            f"[{table}] {goal.path} has {key} of another guest, or of a file that has changed: "
+            f"{' '.join(more)}", "katagpu host configure", table, key, has, wants, goal.path)
 
 
 def _stale(machine: Machine, goal: Goal) -> Iterator[katacheck.Difference]:

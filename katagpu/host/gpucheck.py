@@ -58,12 +58,12 @@ def group(machine: Machine, gpu: Function) -> Iterator[Verdict]:
     nvidia = [member for member in others if member.vendor == NVIDIA and member not in own]
     foreign = [member for member in others if member.vendor != NVIDIA and member not in own]
     if foreign:
-        used = [member for member in foreign if member.driver not in (None, *DRIVERS)]
+        used = [member for member in foreign if _host_has(member)]
         said = f"group {gpu.group} has {', '.join(map(str, foreign))} too"
         cure = "another slot, or ACS on in the firmware's setup; the whole group goes to one guest"
         yield failed("group", said, cure, gpu.address) if used else \
             warned("group", said, cure, gpu.address)
-    kept = [member for member in (*own, *nvidia) if member.driver not in (None, *DRIVERS)] \
+    kept = [member for member in (*own, *nvidia) if _host_has(member)] \
         if gpu.driver in DRIVERS else []
     if kept:
         said = ", ".join(f"{member} ({member.driver})" for member in kept)
@@ -76,6 +76,11 @@ def group(machine: Machine, gpu: Function) -> Iterator[Verdict]:
     if not foreign and not nvidia and not kept:
         more = f" with its own {', '.join(member.address for member in own)}" if own else ""
         yield passed("group", f"group {gpu.group}, alone{more}", gpu.address)
+
+
+def _host_has(function: Function) -> bool:
+    """Has it a driver that makes its group not viable? (pci-stub leaves DMA to VFIO.)"""
+    return function.driver not in (None, "pci-stub", *DRIVERS)
 
 
 def driver(machine: Machine, gpu: Function, *, named: bool, kept: bool) -> Iterator[Verdict]:

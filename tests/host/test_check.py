@@ -252,6 +252,9 @@ def test_a_group_of_which_the_host_has_a_part_still(host: Make, away: str, stays
     assert state == "fail"
     assert f"{away} [{here.tree.ids(away)}] ({stays})" in said and "18:00.0 " not in said
     assert cure == "katagpu host bind 0000:18:00.0"
+    here.kernel(drivers / stays / "unbind", away.encode())
+    here.tree.link(here.tree.paths[away] / "driver", here.tree.driver("pci-stub"))
+    assert one(here, "group", "18:00.0")[0] == "warn"
     assert here("bind", "18:00.0", "--yes").status == 0
     assert one(here, "group", "18:00.0")[0] == "warn"
 

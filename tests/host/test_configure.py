@@ -235,6 +235,14 @@ def test_kernel_parameters_of_a_previous_guest_are_dropped(host: Make) -> None:
     katatree.guest(here.tree, name="new-1", extra_kernel_params=("new=1",))
     assert here("configure", "--check").status == 1
     assert here("configure", "--yes").status == 0
+    assert here("configure", "--check").status == 0
+    katatree.guest(here.tree, name="new-2", current=False, placed=False)
+    here.tree.file(f"{katatree.HOME}/new-1/config/50-katagpu.toml", katatree.read(
+        here.tree, f"{katatree.HOME}/new-2/config/50-katagpu.toml").replace("new-2", "new-1"))
+    (left,) = here("configure", "--check", "--json").data["differences"]
+    assert left["what"].endswith(": new=1") and left["origin"] == OURS
+    here.tree.file(f"{katatree.HOME}/new-1/config/50-katagpu.toml", katatree.read(
+        here.tree, f"{katatree.DROP_INS}/50-katagpu.toml"))
     words = qemu(here, OURS)["kernel_params"].split()
     assert "new=1" in words and PROXY in words and "old=1" not in words
 
