@@ -55,7 +55,7 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
     program = containers.choose(machine, given.program)
     notes += [containers.NOTES[program]] if program in containers.NOTES else []
     node, ids = _device(machine, given.device)
-    what = snippets.devices(machine).get(node, node)
+    what = snippets.devices(machine).get(node, "no GPU or vGPU that is known here")
     target = configure.in_use(machine, goal.target)
     copy, more = _without_kubelet(machine, program, target)
     notes += more
