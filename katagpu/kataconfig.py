@@ -121,6 +121,7 @@ class KataSettings:
     default_vcpus: int = 1
     default_memory: int = 8192
     extra_kernel_params: tuple[str, ...] = ()
+    host_kernel_params: tuple[str, ...] = ()  # of other files of the host, which ours replaces
     extensions: tuple[Extension, ...] = ()
 
     def __post_init__(self) -> None:
@@ -140,6 +141,12 @@ class KataSettings:
         """Does the runtime read this key?"""
         return known(self.shim, self.version, table, key)
 
+    @property
+    def kernel_params(self) -> str:
+        """The host's words, then those of the guest: of two of one name the last counts."""
+        mine = (*KERNEL_PARAMS, *self.extra_kernel_params)
+        return " ".join((*(word for word in self.host_kernel_params if word not in mine), *mine))
+
 
 if TYPE_CHECKING:
     Value = str | int | bool | list[str]
@@ -152,6 +159,11 @@ def _unusable_ports(settings: KataSettings) -> Iterator[tuple[str, str]]:
         yield "its guests have no room for a large BAR", f"install Kata {LARGE_BAR} or newer"
     if settings.port is Port.SWITCH and not settings.knows("pcie_switch_port"):
         yield "it has no switch ports", "plug into root ports (--port root-port)"
+    elif settings.port is Port.SWITCH and settings.shim is Shim.RUST \
+            and settings.plug is Plug.COLD and settings.knows("cold_plug_vfio"):
+        # prepare_coldplug_cdi_devices of src/runtime-rs: "only "root-port" is supported"
+        yield ("a GPU that is there from the sandbox's start is plugged into a root port",
+               "plug into root ports (--port root-port), or use Go's runtime (--shim go)")
     if settings.port is Port.BRIDGE and (
             large or settings.plug is Plug.COLD or settings.shim is Shim.RUST):
         yield ("a bridge takes GPUs with small BARs, plugged hot, in Go's shim",
@@ -193,8 +205,9 @@ def tables(settings: KataSettings) -> dict[str, Table]:
 
 
 def host_tables(settings: KataSettings) -> dict[str, Table]:
-    """The part of it that depends on the host's GPUs."""
-    return _readable(settings, {HYPERVISOR: _plugging(settings)})
+    """The part of it that depends on the host: on its GPUs, on kernel parameters of its own."""
+    words: Table = {"kernel_params": settings.kernel_params} if settings.host_kernel_params else {}
+    return _readable(settings, {HYPERVISOR: {**words, **_plugging(settings)}})
 
 
 def _readable(settings: KataSettings, wanted: Mapping[str, Table]) -> dict[str, Table]:
@@ -255,7 +268,7 @@ def _hypervisor(settings: KataSettings) -> Table:
         "initrd": settings.initrd or "",
         "rootfs_type": settings.rootfs_type,
         "kernel_verity_params": settings.kernel_verity_params,
-        "kernel_params": " ".join((*KERNEL_PARAMS, *settings.extra_kernel_params)),
+        "kernel_params": settings.kernel_params,
         "machine_type": settings.machine_type,
         "default_vcpus": settings.default_vcpus,
         "default_memory": settings.default_memory,

@@ -22,6 +22,7 @@ from katagpu.kataconfig import (
     losses,
     render_drop_in,
     render_tables,
+    tables,
 )
 from katagpu.kataversions import Version
 
@@ -228,8 +229,8 @@ GO31, GO35, GO37 = Version(3, 1, 0), Version(3, 5, 0), Version(3, 7, 0)
      {"hotplug_vfio_on_root_bus": True, "pcie_root_port": 8}),
     ({"version": Version(3, 31, 0), "shim": Shim.RUST},
      {"cold_plug_vfio": "root-port", "pcie_root_port": 8}),
-    ({"shim": Shim.RUST, "port": Port.SWITCH},
-     {"cold_plug_vfio": "switch-port", "pcie_root_port": 0, "pcie_switch_port": 8})])
+    ({"shim": Shim.RUST, "port": Port.SWITCH, "plug": Plug.HOT},
+     {"cold_plug_vfio": "no-port", "pcie_root_port": 0, "pcie_switch_port": 8})])
 def test_how_a_gpu_is_plugged_by_version(changes: dict[str, Any], keys: dict[str, Any]) -> None:
     table = qemu(**changes)
     assert {key: value for key, value in table.items() if "vfio" in key or "pcie" in key} == keys
@@ -245,6 +246,7 @@ def test_how_a_gpu_is_plugged_by_version(changes: dict[str, Any], keys: dict[str
     ({"version": Version(1, 3, 0), "rootfs_type": "ext4", "dax_header": True, "bar": Bar.SMALL,
       "toolkit_mode": ToolkitMode.HOOK}, "no hooks"),
     ({"version": GO35, "port": Port.SWITCH}, "no switch ports"),
+    ({"shim": Shim.RUST, "port": Port.SWITCH}, "into a root port"),
     ({"port": Port.BRIDGE, "plug": Plug.HOT}, "small BARs"),
     ({"port": Port.BRIDGE, "bar": Bar.SMALL}, "small BARs"),
     ({"shim": Shim.RUST, "port": Port.BRIDGE, "bar": Bar.SMALL, "plug": Plug.HOT}, "small BARs")])
@@ -252,6 +254,16 @@ def test_what_this_kata_cannot_do_is_refused(changes: dict[str, Any], word: str)
     with pytest.raises(UserError, match=word) as caught:
         settings(**changes)
     assert caught.value.hint
+
+
+def test_kernel_parameters_of_the_host_come_before_those_of_the_guest() -> None:
+    made = settings(host_kernel_params=("agent.no_proxy=x", "pci=nocrs", "quiet"),
+                    extra_kernel_params=("quiet",))
+    assert made.kernel_params == ("agent.no_proxy=x cgroup_no_v1=all pci=realloc pci=nocrs "
+                                  "pci=assign-busses quiet")
+    assert host_tables(made)["hypervisor.qemu"]["kernel_params"] == made.kernel_params
+    assert tables(made)["hypervisor.qemu"]["kernel_params"] == made.kernel_params
+    assert "kernel_params" not in host_tables(settings())["hypervisor.qemu"]
 
 
 def test_what_is_lost_is_said_in_the_file() -> None:

@@ -91,7 +91,7 @@ def _load(machine: Machine, driver: str) -> None:
     if machine.exists(f"{DRIVERS}/{driver}"):
         return
     try:
-        machine.run(["modprobe", driver], undo=[Run(("modprobe", "-r", driver))])
+        machine.run(["modprobe", driver], undo=[Run(("modprobe", "-r", driver))], atomic=True)
     except UserError as failure:
         if driver == GRACE and failure.hint is None:
             failure.hint = ("the GPU of a Grace superchip wants this driver, which Linux 6.9 has "
@@ -172,7 +172,18 @@ def _verify_free(machine: Machine, members: Sequence[Function]) -> None:
         now = pci.read(machine, member.address)
         if now.driver in vfio.DRIVERS or now.override in vfio.DRIVERS:
             raise UserError(f"{member} is with {now.driver or now.override} still",
-                            hint="does a udev rule give it back? katagpu host persist --remove")
+                            hint=_why_kept(machine, now))
+
+
+def _why_kept(machine: Machine, function: Function) -> str:
+    """What gives a function to vfio-pci again, and the cure."""
+    places = vfio.named_by_ids(machine, function.ids)
+    if function.override in vfio.DRIVERS or not places:
+        return "does a udev rule give it back? katagpu host persist --remove"
+    vendor, _, device = function.ids.partition(":")
+    return (f"vfio-pci takes {function.ids} by `ids=` of {' and '.join(places)}: take it out there "
+            f"(and renew the initrd), and for now: echo {vendor} {device} > "
+            f"{DRIVERS}/{function.driver}/remove_id")
 
 
 def _named(members: Sequence[Function]) -> str:

@@ -61,13 +61,13 @@ def verdicts(machine: Machine, given: argparse.Namespace) -> Iterator[Verdict]:
     if not gpus:
         yield failed("gpus", "there is no NVIDIA GPU here", "lspci -nn -d 10de: shows them; is it "
                      "in its slot, powered, and given to this machine?")
-    meant = {gpu.address for gpu in gpus} if given.bdf else set()
+    kept: set[str] = set()
     try:
-        meant |= set(persist.kept(machine))
+        kept = set(persist.kept(machine))
     except UserError as foreign:
         yield warned("persist", foreign.what, foreign.hint)
     for gpu in gpus:
-        yield from gpucheck.check(machine, gpu, meant=gpu.address in meant)
+        yield from gpucheck.check(machine, gpu, named=bool(given.bdf), kept=gpu.address in kept)
         yield support.check(gpu, facts[1] if facts else None)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from katagpu import log
 from katagpu.errors import KatagpuError, Status, UserError
@@ -27,9 +29,41 @@ Every command has --json, --dry-run, --yes and --root; `COMMAND --help` has the 
 A command that changes something asks first, on a terminal; elsewhere it wants --yes."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line. What is wrong with one is an error like any other, with the nearest name."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `UserError`."""
+        near = self._nearest(message)
+        more = f"{self.prog} --help"
+        raise UserError(message, hint=f"did you mean {near}? {more}" if near else more)
+
+    def _nearest(self, message: str) -> str | None:
+        wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)", message)
+        if wrong is None:
+            return None
+        if wrong[1] is not None:
+            names = re.findall(r"[\w-]+", message.partition("(choose from")[2])
+        else:
+            names = sorted(_options(self))
+        found = difflib.get_close_matches(wrong[1] or (wrong[2] or "").partition("=")[0], names, 1)
+        return found[0] if found else None
+
+
+def _options(top: argparse.ArgumentParser) -> set[str]:
+    """The names of options, those of all commands too: argparse does not say which one it was."""
+    found: set[str] = set()
+    for action in top._actions:
+        found |= {name for name in action.option_strings if name.startswith("--")}
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                found |= _options(inner)
+    return found
+
+
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog=prog, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Make this host ready to give NVIDIA GPUs to Kata Containers.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -44,10 +78,13 @@ def main(argv: Sequence[str] | None = None, *, prog: str = PROG,
 
     `prog` is how the program is called here; messages with commands to paste have it too.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        given = parser(prog).parse_args(argv)
-    except SystemExit as ended:  # of argparse, which has 2 for what a user can mend
-        return int(Status.USER if ended.code else Status.OK)
+        given = parser(prog).parse_args(words)
+    except SystemExit:  # --help
+        return int(Status.OK)
+    except UserError as wrong:
+        return _Speaker(prog, as_json="--json" in words).fail(wrong.what, wrong.hint)
     signal.signal(signal.SIGTERM, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

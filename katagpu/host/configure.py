@@ -29,7 +29,13 @@ MARK = "# Written by `katagpu host configure`"
 DROP_IN = "55-katagpu-host.toml"
 INSTALLED = "50-katagpu.toml"  # what katagpu-install.pyz places
 OWN = "/etc/kata-containers/katagpu"
+OWN_NAMES = {Shim.GO: "configuration.toml", Shim.RUST: "configuration-runtime-rs.toml"}
 SOURCE = "# made of "
+# Words of Kata's own guest: its init, its cgroups, its image (KERNELPARAMS_NV and KERNELPARAMS of
+# src/runtime/Makefile, 3.2 to 4.1).
+KATA_S = ("devtmpfs.mount=0", "systemd.unified_cgroup_hierarchy=1", *kataconfig.KERNEL_PARAMS)
+KATA_S_IMAGE = ("root=", "rootfstype=", "rootflags=", "rootfs_verity.", "cc_rootfs_verity.",
+                "dm-mod.create=")
 
 
 @dataclass(frozen=True)
@@ -116,18 +122,33 @@ def plan(machine: Machine, given: argparse.Namespace) -> tuple[Guest, list[Goal]
     port = Port(given.port)
     plug = Plug.HOT if port is Port.BRIDGE else Plug(given.plug)
     for target in _targets(machine, given, given.kata_version):
-        settings = guest.on(target, functions=functions, bar=bar, plug=plug, port=port)
+        settings = replace(
+            guest.on(target, functions=functions, bar=bar, plug=plug, port=port),
+            host_kernel_params=_words(machine, target))
         notes += [f"{target.shim}: {line}" for line in kataconfig.losses(settings)]
         goals.append(Goal(target, settings, *_place(machine, target)))
     return guest, goals, notes
+
+
+def _words(machine: Machine, target: Target) -> tuple[str, ...]:
+    """Kernel parameters that are the host's: agent.https_proxy of kata-deploy, the user's own.
+
+    A file of ours would replace them with all of the string. Those of our files are of a guest.
+    """
+    try:
+        found = katafiles.effective(machine, target, without=(INSTALLED, DROP_IN))
+    except UserError:  # who reads it for its own sake says so
+        return ()
+    text = str(found.table(kataconfig.HYPERVISOR).get("kernel_params", ""))
+    return tuple(word for word in text.split()
+                 if word not in KATA_S and not word.startswith(KATA_S_IMAGE))
 
 
 def _place(machine: Machine, target: Target) -> tuple[str, bool]:
     """The file of ours for a runtime; is it a whole configuration, and no drop-in?"""
     if reads_drop_ins(target.shim, target.version) and _alone(machine, target):
         return f"{target.drop_ins}/{DROP_IN}", False
-    name = "configuration.toml" if target.shim is Shim.GO else "configuration-runtime-rs.toml"
-    return f"{OWN}/{name}", True
+    return f"{OWN}/{OWN_NAMES[target.shim]}", True
 
 
 def in_use(machine: Machine, target: Target) -> Target:
@@ -161,7 +182,7 @@ def _gpus(machine: Machine, given: argparse.Namespace) -> tuple[int, Bar]:
     gpus = pci.gpus(machine)
     if not gpus and (given.functions is None or given.bar is None):
         raise UserError("this host has no NVIDIA GPU to count",
-                        hint="--functions N --bar large writes the configuration all the same")
+                        hint="--functions N --bar large say what it will have")
     groups = {gpu.group or gpu.address: gpu for gpu in gpus}
     count = 0
     for gpu in groups.values():
@@ -226,7 +247,22 @@ def _checked(machine: Machine, guest: Guest, goals: list[Goal], notes: list[str]
 def differences(machine: Machine, goal: Goal) -> list[katacheck.Difference]:
     """What a runtime sees that is not what the guest needs. Raises `UserError` for bad files."""
     use = in_use(machine, goal.target)
-    return [*katacheck.differences(machine, use, goal.settings), *_stale(machine, goal)]
+    return [*katacheck.differences(machine, use, goal.settings), *_stale(machine, goal),
+            *_leftover(machine, goal, use)]
+
+
+def _leftover(machine: Machine, goal: Goal, use: Target) -> Iterator[katacheck.Difference]:
+    """Kernel parameters in our file that neither this guest has nor another file."""
+    table, key = kataconfig.HYPERVISOR, "kernel_params"
+    found = katafiles.effective(machine, use)
+    if found.origin.get((table, key)) != goal.path:
+        return
+    has, wants = str(found.table(table)[key]), goal.settings.kernel_params
+    more = [word for word in has.split() if word not in wants.split()]
+    if more and set(wants.split()) <= set(has.split()):  # what is lacking has a line already
+        yield katacheck.Difference(
+            f"[{table}] {goal.path} has {key} of another guest, or of a file that has changed: "
+            f"{' '.join(more)}", "katagpu host configure", table, key, has, wants, goal.path)
 
 
 def _stale(machine: Machine, goal: Goal) -> Iterator[katacheck.Difference]:
@@ -252,15 +288,27 @@ def _data(guest: Guest, goals: list[Goal], notes: list[str],
 
 def _removed(machine: Machine, given: argparse.Namespace) -> Answer:
     """Remove our files; the runtimes are as they were before."""
-    found = [f"{OWN}/configuration.toml", f"{OWN}/configuration-runtime-rs.toml"]
-    with contextlib.suppress(UserError):  # Kata may be gone by now
-        found += [f"{target.drop_ins}/{DROP_IN}"
-                  for target in _targets(machine, given, given.kata_version or str(NEWEST))]
-    ours = [path for path in found if (machine.text(path) or "").startswith(MARK)]
+    ours = [path for path in _written(machine, given)
+            if (machine.text(path) or "").startswith(MARK)]
     if ours:
         machine.agree(f"remove {', '.join(ours)}")
         with machine.together():
             for path in ours:
                 machine.remove(path)
+    if ours and machine.dry_run:
+        return Answer()
     return Answer([f"removed: {path}" for path in ours] or ["there is nothing of this command"],
                   {"removed": ours})
+
+
+def _written(machine: Machine, given: argparse.Namespace) -> list[str]:
+    """Where our files may be: of the runtime that is named, else of all that Kata can have."""
+    found: list[str] = []
+    chosen = given.shim or given.handler or given.config
+    with contextlib.suppress(UserError):  # Kata may be gone by now
+        for target in _targets(machine, given, given.kata_version or str(NEWEST)):
+            found += [_place(machine, target)[0], f"{target.drop_ins}/{DROP_IN}"]
+    if not chosen:
+        found += [f"{OWN}/{name}" for name in OWN_NAMES.values()]
+        found += [f"{place}/config.d/{DROP_IN}" for place in katafiles.directories(machine)]
+    return list({machine.real(path): path for path in found}.values())

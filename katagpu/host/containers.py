@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from katagpu.errors import UserError
+from katagpu.host.changes import Remove
 from katagpu.host.machine import Machine
 from katagpu.host.programs import Result, TooLong
 
@@ -33,6 +34,7 @@ class Job:
     shim: str  # the path of the runtime's shim
     config: str  # Kata's configuration file
     handler: str  # the runtime's name at containerd
+    copy: str = ""  # a configuration to be used in its place, where the program can name one
 
 
 def choose(machine: Machine, wanted: str | None) -> str:
@@ -74,13 +76,44 @@ def _afterwards(machine: Machine, *cleanings: list[str]) -> Iterator[None]:
 def _pull(machine: Machine, listing: list[str], pulling: list[str], image: str,
           timeout: float) -> Result | None:
     """Pull an image that is not there; the result where that failed."""
-    if not machine.dry_run and image in machine.ask(listing).out.split():
+    if not machine.dry_run and image in _images(machine.ask(listing).out):
         return None
     said = _do(machine, pulling, timeout)
     return said if said.status else None
 
 
+def _images(out: str) -> set[str]:
+    """The names in a list of images: words, or crictl's JSON."""
+    try:
+        listed = json.loads(out)["images"]
+        return {name for one in listed for key in ("repoTags", "repoDigests")
+                for name in one.get(key) or ()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return set(out.split())
+
+
+@contextlib.contextmanager
+def _files(machine: Machine, name: str, contents: Mapping[str, str]) -> Iterator[None]:
+    """Files for one container, and nothing of it (its log neither) afterwards."""
+    try:
+        for path, text in contents.items():
+            machine.place(path, text)
+        yield
+    finally:
+        for path in (*contents, f"{RUN}/{name}.log"):
+            if machine.dry_run and path in contents:
+                machine.do(Remove(path))
+            else:
+                machine.remove(path)
+
+
 def _ctr(machine: Machine, job: Job, timeout: float) -> Result:
+    path = f"{RUN}/{job.name}.toml"
+    with _files(machine, job.name, {path: job.copy} if job.copy else {}):
+        return _ctr_run(machine, job, path if job.copy else job.config, timeout)
+
+
+def _ctr_run(machine: Machine, job: Job, config: str, timeout: float) -> Result:
     failed = _pull(machine, ["ctr", "image", "ls", "-q"], ["ctr", "image", "pull", job.image],
                    job.image, timeout)
     if failed:
@@ -88,7 +121,7 @@ def _ctr(machine: Machine, job: Job, timeout: float) -> Result:
     with _afterwards(machine, ["ctr", "task", "kill", "-s", "SIGKILL", job.name],
                      ["ctr", "task", "rm", "-f", job.name], ["ctr", "container", "rm", job.name]):
         return _do(machine, ["ctr", "run", "--rm", "--runtime", job.shim, "--runtime-config-path",
-                             job.config, "--device", job.device, job.image, job.name, "sh", "-c",
+                             config, "--device", job.device, job.image, job.name, "sh", "-c",
                              job.script], timeout)
 
 
@@ -106,14 +139,9 @@ def _crictl(machine: Machine, job: Job, timeout: float,
                  "command": ["sh", "-c", job.script], "log_path": f"{job.name}.log", "linux": {},
                  "devices": [{"host_path": job.device, "container_path": job.device,
                               "permissions": "rwm"}]}
-    files = {f"{RUN}/pod.json": pod, f"{RUN}/container.json": container}
-    try:
-        for path, content in files.items():
-            machine.place(path, json.dumps(content))
+    files = {f"{RUN}/pod.json": json.dumps(pod), f"{RUN}/container.json": json.dumps(container)}
+    with _files(machine, job.name, files):
         return _pod(machine, job, list(files), timeout, sleep)
-    finally:
-        for path in (*files, f"{RUN}/{job.name}.log"):
-            machine.remove(path)
 
 
 def _pod(machine: Machine, job: Job, files: list[str], timeout: float,
@@ -123,7 +151,9 @@ def _pod(machine: Machine, job: Job, files: list[str], timeout: float,
     if failed:
         return failed
     started = _do(machine, ["crictl", "runp", "--runtime", job.handler, files[0]], timeout)
-    if started.status or machine.dry_run:
+    if machine.dry_run:
+        return _rest(machine, files)
+    if started.status:
         return started
     pod = started.out.strip()
     try:
@@ -145,6 +175,14 @@ def _pod(machine: Machine, job: Job, files: list[str], timeout: float,
         for words in (["crictl", "stopp", pod], ["crictl", "rmp", "-f", pod]):
             with contextlib.suppress(UserError):
                 machine.ask(words, timeout=CLEANING)
+
+
+def _rest(machine: Machine, files: list[str]) -> Result:
+    """What follows `runp` in a dry run: POD and CONTAINER are what crictl answers."""
+    for words in (["create", "POD", files[1], files[0]], ["start", "CONTAINER"],
+                  ["logs", "CONTAINER"], ["stopp", "POD"]):
+        machine.run(["crictl", *words])
+    return machine.run(["crictl", "rmp", "-f", "POD"])
 
 
 def _state(machine: Machine, name: str) -> str:

@@ -15,11 +15,11 @@ ABOVE_4G = ('in the firmware\'s setup turn on "Above 4G Decoding" (also: "Memory
             "pci=realloc")
 
 
-def check(machine: Machine, gpu: Function, *, meant: bool) -> Iterator[Verdict]:
-    """All of one GPU; `meant`: the user named it, or made it persistent, for pass-through."""
+def check(machine: Machine, gpu: Function, *, named: bool, kept: bool) -> Iterator[Verdict]:
+    """All of one GPU. The user named it, or made it persistent (`kept`) for pass-through."""
     yield from bars(gpu)
     yield from group(machine, gpu)
-    yield from driver(machine, gpu, meant=meant)
+    yield from driver(machine, gpu, named=named, kept=kept)
     yield reset(gpu)
 
 
@@ -58,21 +58,32 @@ def group(machine: Machine, gpu: Function) -> Iterator[Verdict]:
     nvidia = [member for member in others if member.vendor == NVIDIA and member not in own]
     foreign = [member for member in others if member.vendor != NVIDIA and member not in own]
     if foreign:
-        used = [member for member in foreign if member.driver not in (None, *DRIVERS)]
+        used = [member for member in foreign if _host_has(member)]
         said = f"group {gpu.group} has {', '.join(map(str, foreign))} too"
         cure = "another slot, or ACS on in the firmware's setup; the whole group goes to one guest"
         yield failed("group", said, cure, gpu.address) if used else \
             warned("group", said, cure, gpu.address)
-    if nvidia:
+    kept = [member for member in (*own, *nvidia) if _host_has(member)] \
+        if gpu.driver in DRIVERS else []
+    if kept:
+        said = ", ".join(f"{member} ({member.driver})" for member in kept)
+        yield failed("group", f"group {gpu.group} is not viable: the host's drivers have {said}",
+                     f"katagpu host bind {gpu.address}", gpu.address)
+    if nvidia and not kept:
         yield warned("group", f"group {gpu.group} has {', '.join(map(str, nvidia))} too: they go "
                      "to the same guest", "another slot, or ACS on in the firmware's setup, to "
                      "give them to two", gpu.address)
-    if not foreign and not nvidia:
+    if not foreign and not nvidia and not kept:
         more = f" with its own {', '.join(member.address for member in own)}" if own else ""
         yield passed("group", f"group {gpu.group}, alone{more}", gpu.address)
 
 
-def driver(machine: Machine, gpu: Function, *, meant: bool) -> Iterator[Verdict]:
+def _host_has(function: Function) -> bool:
+    """Has it a driver that makes its group not viable? (pci-stub leaves DMA to VFIO.)"""
+    return function.driver not in (None, "pci-stub", *DRIVERS)
+
+
+def driver(machine: Machine, gpu: Function, *, named: bool, kept: bool) -> Iterator[Verdict]:
     """vfio-pci, or Grace's own driver, has it, and its device node is there."""
     if machine.text(f"{gpu.path}/boot_vga") == "1":
         yield warned("console", "the firmware's console is on it, and may hold its BARs",
@@ -93,18 +104,28 @@ def driver(machine: Machine, gpu: Function, *, meant: bool) -> Iterator[Verdict]
                          gpu.address)
         return
     state = vfio.vgpu(machine, gpu)
-    if gpu.driver == "nvidia" and state.interface is not None:
-        yield passed("driver", f"nvidia, for vGPUs ({state.interface.value})", gpu.address)
+    if gpu.driver == "nvidia" and state.interface is not None and not kept:
+        yield _for_vgpus(gpu, state, named=named)
         return
     give = f"katagpu host bind {gpu.address}; katagpu host persist {gpu.address} for every boot"
     if gpu.driver is None:
         yield warned("driver", "none: it is given to no guest yet",
                      give, gpu.address)
         return
-    made = failed if meant else warned
+    made = failed if named or kept else warned
     if gpu.driver == "nouveau":
         give += ", which keeps nouveau away too"
     yield made("driver", f"{gpu.driver} has it, so no guest can", give, gpu.address)
+
+
+def _for_vgpus(gpu: Function, state: vfio.Vgpu, *, named: bool) -> Verdict:
+    """NVIDIA's vGPU manager has it: as it should be, unless it was meant for one guest."""
+    said = f"nvidia, for vGPUs ({state.interface.value if state.interface else '?'})"
+    if named and not gpu.vfs and not state.made:
+        return warned("driver", f"{said}, and there is none yet",
+                      f"for one guest as a whole: katagpu host bind {gpu.address}; for vGPUs: "
+                      f"katagpu host vgpu create {gpu.address} TYPE", gpu.address)
+    return passed("driver", said, gpu.address)
 
 
 def reset(gpu: Function) -> Verdict:

@@ -24,7 +24,8 @@ WHY: Mapping[str, str] = {
     "initrd": "an initrd beside an image is refused",
     "rootfs_type": "the kernel mounts the root as this",
     "kernel_verity_params": "the root hash is that of another image",
-    "kernel_params": "what is lacking is what a GPU guest needs; a drop-in replaces all of it",
+    "kernel_params": "what is lacking is what a GPU guest needs, or what another file sets; a "
+                     "drop-in replaces all of it",
     "machine_type": "it has no PCI Express ports",
     "disable_image_nvdimm": "the image has no DAX header, or has one",
     "cold_plug_vfio": "the GPU is plugged into no port",

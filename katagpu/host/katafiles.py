@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,16 @@ class Target:
     def drop_ins(self) -> str:
         """Where its drop-ins are read, if they are."""
         return f"{self.directory}/config.d"
+
+    @property
+    def handler(self) -> str | None:
+        """Its name at containerd, where kata-deploy made the directory: of one of its own
+        runtimes, or of one that the user added (`customRuntimes`), whose name is the user's.
+        """
+        if not self.alone:
+            return None
+        name = self.directory.rpartition("/")[2]
+        return name if "/custom-runtimes/" in self.config else f"kata-{name}"
 
     @property
     def alone(self) -> bool:
@@ -117,7 +127,6 @@ def places(shim: Shim, named: str | None, there: Version) -> Iterator[str]:
         base = f"{prefix}/{DEFAULTS}"
         if there >= OWN_DIRECTORIES:
             yield f"{base}{level}/runtimes/{handler}/configuration-{handler}.toml"
-            yield f"{base}/custom-runtimes/{handler}/configuration-{handler}.toml"
         yield f"{base}{level}/configuration-{handler}.toml"
     if named:
         return
@@ -127,6 +136,20 @@ def places(shim: Shim, named: str | None, there: Version) -> Iterator[str]:
             yield f"{prefix}/{DEFAULTS}{level}/{name}"
 
 
+def _custom(machine: Machine, shim: Shim, handler: str) -> Iterator[str]:
+    """The configuration of a runtime that the user added at kata-deploy.
+
+    Its file is a copy of that of one of kata-deploy's, under that one's name
+    (install_custom_runtime_configs in kata-deploy's artifacts/install.rs).
+    """
+    for prefix in PREFIXES:
+        place = f"{prefix}/{DEFAULTS}/custom-runtimes/{handler}"
+        for name in machine.names(place):
+            if re.fullmatch(r"configuration-.+\.toml", name) and (RUST in name) is (
+                    shim is Shim.RUST):
+                yield f"{place}/{name}"
+
+
 def targets(machine: Machine, *, shim: Shim | None = None, config: str | None = None,
             kata: str | None = None, handler: str | None = None) -> list[Target]:
     """The runtimes that are configured: those that were asked for, or all that are there.
@@ -134,7 +157,7 @@ def targets(machine: Machine, *, shim: Shim | None = None, config: str | None = 
     Raises `UserError` where there is none.
     """
     if config is not None:
-        kind = shim or (Shim.RUST if f"/{RUST}/" in config else Shim.GO)
+        kind = shim or (Shim.RUST if RUST in config else Shim.GO)
         if not machine.exists(config):
             raise UserError(f"{config}: there is no such file")
         there = parse(kata) if kata else version(machine, kind)
@@ -146,7 +169,8 @@ def targets(machine: Machine, *, shim: Shim | None = None, config: str | None = 
         except UserError as failure:
             last = failure
             continue
-        for path in places(kind, handler, there):
+        own = _custom(machine, kind, handler) if handler else ()
+        for path in (*places(kind, handler, there), *own):
             if machine.exists(path):
                 found.append(Target(kind, there, machine.real(path)))
                 break
@@ -157,6 +181,16 @@ def targets(machine: Machine, *, shim: Shim | None = None, config: str | None = 
             hint="--config FILE names its configuration" if handler else
             "install Kata, or say --config FILE")
     return found
+
+
+def directories(machine: Machine) -> Iterator[str]:
+    """Where Kata and kata-deploy have configurations of runtimes, whatever their names."""
+    for level in ("", f"/{RUST}"):
+        yield f"/etc/kata-containers{level}"
+        for base in (f"{prefix}/{DEFAULTS}{level}" for prefix in PREFIXES):
+            yield base
+            for kind in ("runtimes", "custom-runtimes"):
+                yield from (f"{base}/{kind}/{name}" for name in machine.names(f"{base}/{kind}"))
 
 
 def read(machine: Machine, path: str) -> dict[str, Any]:
@@ -193,13 +227,18 @@ def loads(text: str, *, old: bool = sys.version_info < (3, 11)) -> dict[str, Any
         raise tomlreader.Wrong(why or str(failure), line) from None
 
 
-def effective(machine: Machine, target: Target) -> Effective:
-    """What a runtime sees. Raises `UserError` where it would not get that far."""
+def effective(machine: Machine, target: Target, *, without: Container[str] = ()) -> Effective:
+    """What a runtime sees. Raises `UserError` where it would not get that far.
+
+    `without`: names of drop-ins that are left out.
+    """
     values = read(machine, target.config)
     origin = {(table, key): target.config for table, key in _keys(values)}
     files, problems = [target.config], []
     if reads_drop_ins(target.shim, target.version):
         for name in sorted(machine.names(target.drop_ins), key=lambda word: word.encode()):
+            if name in without:
+                continue
             path = f"{target.drop_ins}/{name}"
             link = machine.path(path, follow=False).is_symlink()
             if not machine.path(path).is_file() or (link and target.shim is Shim.RUST):

@@ -72,7 +72,7 @@ def load(machine: Machine, place: str | None) -> Guest:
     facts = _manifest(machine, place)
     text = _drop_in(machine, place)
     settings = of_drop_in(katafiles.read(machine, text), text)
-    said = facts.get("kernel_verity_params", "")
+    said = facts.get("kernel_verity_params") or ""
     if said != settings.kernel_verity_params:
         raise UserError(f"{text} and the manifest beside it are not of one guest: their "
                         "kernel_verity_params differ", hint="take the release again")
@@ -96,6 +96,10 @@ def _manifest(machine: Machine, place: str) -> Mapping[str, Any]:
     if not isinstance(found, dict) or found.get("schema") != 1:
         raise UserError(f"{path} is of a schema that is not known here",
                         hint="take the katagpu-host.pyz of that release")
+    for key, kind in (("driver", dict), ("kernel_verity_params", str)):
+        if not isinstance(found.get(key), (kind, type(None))):
+            raise UserError(f"{path}: {key} is {found[key]!r}, and not as a build writes it",
+                            hint="take the release again")
     return found
 
 
@@ -110,7 +114,16 @@ def _drop_in(machine: Machine, place: str) -> str:
 
 def of_drop_in(values: Mapping[str, Any], path: str) -> KataSettings:
     """What a drop-in that a build wrote for Go's runtime asks for. Raises `UserError`."""
-    found = values.get("hypervisor", {}).get("qemu", {})
+    found: Any = values
+    for part in HYPERVISOR.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} has no table [{HYPERVISOR}], and is not as a build writes it",
+                        hint="take the release again")
+    disks = found.get("guest_extension_images", [])
+    if not (isinstance(disks, list) and all(isinstance(disk, dict) for disk in disks)):
+        raise UserError(f"{path}: guest_extension_images in [{HYPERVISOR}] is {disks!r}, and not "
+                        "as a build writes it", hint="take the release again")
 
     def get(key: str, kind: type[Kind]) -> Kind:
         value = found.get(key)
@@ -132,4 +145,4 @@ def of_drop_in(values: Mapping[str, Any], path: str) -> KataSettings:
         extra_kernel_params=tuple(word for word in words if word not in KERNEL_PARAMS),
         extensions=tuple(Extension(**{name: str(disk.get(name, "")) for name in
                                       ("name", "path", "verity_params")})
-                         for disk in found.get("guest_extension_images", ())))
+                         for disk in disks))

@@ -20,7 +20,7 @@ from typing import Any
 from katagpu import log
 from katagpu.errors import UserError
 from katagpu.host.changes import Change, Place, Remove, Run, Write, below
-from katagpu.host.programs import Programs, Result
+from katagpu.host.programs import Missing, Programs, Result
 
 Store = Callable[[Path, bytes], None]
 PATIENCE = 60.0  # seconds for a write to sysfs
@@ -170,13 +170,21 @@ class Machine:
         if os.path.lexists(self.path(path, follow=False)):
             self.do(Remove(path))
 
-    def run(self, argv: Sequence[str], *, timeout: float = 60.0,
-            undo: Sequence[Change] = ()) -> Result:
-        """Run a program that changes something. Raises `UserError` where its status is not 0."""
-        return self.do(Run(tuple(argv), timeout), undo) or Result(tuple(argv), 0, "", "")
+    def run(self, argv: Sequence[str], *, timeout: float = 60.0, undo: Sequence[Change] = (),
+            atomic: bool = False) -> Result:
+        """Run a program that changes something. Raises `UserError` where its status is not 0.
 
-    def do(self, change: Change, undo: Sequence[Change] = ()) -> Result | None:
-        """Make a change, or print it in a dry run."""
+        It may have done a part of it by then, which is undone too, unless it is `atomic`.
+        """
+        return self.do(Run(tuple(argv), timeout), undo, atomic=atomic) \
+            or Result(tuple(argv), 0, "", "")
+
+    def do(self, change: Change, undo: Sequence[Change] = (), *,
+           atomic: bool = False) -> Result | None:
+        """Make a change, or print it in a dry run.
+
+        One that fails is undone with the others where it may be done, or half of it.
+        """
         if not (self._agreed or self.dry_run):
             raise AssertionError(f"{change} before the user agreed")
         self.changes.append(change)
@@ -192,11 +200,15 @@ class Machine:
         except KeyboardInterrupt:  # it may be done, and may not
             self._journal.append((change, tuple(undo)))
             raise
+        except UserError as failure:
+            begun = not atomic and _begun(change, failure)
+            self._journal.append((change, tuple(undo) if begun else ()))
+            raise
         self._journal.append((change, tuple(undo)))
         return found
 
     def also(self, undo: Sequence[Change]) -> None:
-        """Say how the last change is undone, where only its outcome tells."""
+        """Say how the last change, one that failed too, is undone: only its outcome tells."""
         if self._journal:
             change, before = self._journal[-1]
             self._journal[-1] = (change, (*before, *undo))
@@ -285,6 +297,13 @@ class Machine:
         except OSError as refusal:
             raise refused(getattr(change, "path", ""), refusal) from None
         return None
+
+
+def _begun(change: Change, failure: UserError) -> bool:
+    """May a change that failed be done, or a part of it?"""
+    if isinstance(change, Run):
+        return not isinstance(failure, Missing)
+    return isinstance(failure, Refused) and failure.number == errno.ETIMEDOUT
 
 
 def _place(path: Path, change: Place) -> None:

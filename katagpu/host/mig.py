@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from katagpu.errors import UserError
@@ -12,7 +13,8 @@ from katagpu.host import command, pci, smi, vgputypes
 from katagpu.host.changes import Change, Run
 from katagpu.host.command import Answer, Commands
 from katagpu.host.machine import Machine
-from katagpu.host.smi import PROGRAM, Gpu, Instance, Profile
+from katagpu.host.programs import Missing
+from katagpu.host.smi import PROGRAM, Compute, Gpu, Instance, Profile
 
 SWITCHING = 120.0  # seconds: a GPU that is reset, or whose driver starts anew
 HEAD = ("GPU", "BDF", "NAME", "MIG", "PENDING", "INSTANCES")
@@ -127,7 +129,8 @@ def _switch(machine: Machine, given: argparse.Namespace, *, on: bool) -> Answer:
     with machine.together():
         if gpu.pending is not on:
             back: list[Change] = [Run(_words(gpu, "-mig", "0" if on else "1"), SWITCHING)]
-            _run(machine, _words(gpu, "-mig", "1" if on else "0"), back)
+            _run(machine, _words(gpu, "-mig", "1" if on else "0"), back,
+                 lambda: _named(machine, gpu.address).pending is not gpu.pending)
         after = gpu if machine.dry_run else _named(machine, gpu.address)
         if not machine.dry_run and after.pending is not on:
             raise UserError(f"nvidia-smi did not turn MIG {word} in {gpu.address}",
@@ -138,11 +141,11 @@ def _switch(machine: Machine, given: argparse.Namespace, *, on: bool) -> Answer:
                             hint="stop them; the mode stays pending")
         _run(machine, (PROGRAM, "-i", gpu.address, "--gpu-reset"), [])
         after = gpu if machine.dry_run else _named(machine, gpu.address)
+    if machine.dry_run:
+        return Answer()
     done = after.current is on
     line = f"{gpu.address}: MIG is {word}" if done else f"{gpu.address}: {_after(after, on)}"
-    return Answer([] if machine.dry_run else [line],
-                  {**_data(after, [], [], {}), "reboot_or_reset": after.waits},
-                  done or machine.dry_run)
+    return Answer([line], {**_data(after, [], [], {}), "reboot_or_reset": after.waits}, done)
 
 
 def _may_switch(machine: Machine, gpu: Gpu, *, on: bool) -> None:
@@ -180,23 +183,43 @@ def create(machine: Machine, given: argparse.Namespace) -> Answer:
     made: list[Instance] = []
     with machine.together():
         for profile in chosen:
-            _run(machine, _words(gpu, "mig", "-cgi", str(profile.number)), [])
-            new = [] if machine.dry_run else [one for one in smi.instances(machine, gpu)
-                                              if one.number not in before]
-            if not new and not machine.dry_run:
-                raise UserError(f"there is no new GPU instance in {gpu.address} afterwards",
-                                hint="katagpu host mig status; dmesg | grep -i nvrm")
-            for one in new:
+            for one in _instance(machine, gpu, profile, before):
                 made.append(one)
                 before.add(one.number)
-                machine.also([Run(_words(gpu, "mig", "-dgi", "-gi", str(one.number)))])
                 if not given.no_compute:
-                    _run(machine, _words(gpu, "mig", "-cci", "-gi", str(one.number)),
-                         [Run(_words(gpu, "mig", "-dci", "-gi", str(one.number)))])
+                    _compute(machine, gpu, str(one.number))
+            if machine.dry_run and not given.no_compute:
+                _compute(machine, gpu, "INSTANCE")
+    if machine.dry_run:
+        return Answer()
     return Answer([f"{gpu.address}: instance {one.number}, {one.name}, at {one.start}:{one.size}"
                    for one in made], {"bdf": gpu.address, "instances": [
                        {"id": one.number, "name": one.name, "profile": one.profile,
                         "start": one.start, "size": one.size} for one in made]})
+
+
+def _instance(machine: Machine, gpu: Gpu, profile: Profile, before: set[int]) -> list[Instance]:
+    """Make a GPU instance; those that are new. One that a failure left is undone as well."""
+    def new() -> list[Instance]:
+        found = [one for one in smi.instances(machine, gpu) if one.number not in before]
+        machine.also([Run(_words(gpu, "mig", "-dgi", "-gi", str(one.number))) for one in found])
+        return found
+
+    _run(machine, _words(gpu, "mig", "-cgi", str(profile.number)), [], lambda: bool(new()))
+    if machine.dry_run:
+        return []
+    found = new()
+    if not found:
+        raise UserError(f"there is no new GPU instance in {gpu.address} afterwards",
+                        hint="katagpu host mig status; dmesg | grep -i nvrm")
+    return found
+
+
+def _compute(machine: Machine, gpu: Gpu, instance: str) -> None:
+    """Make the compute instance of a GPU instance."""
+    _run(machine, _words(gpu, "mig", "-cci", "-gi", instance),
+         [Run(_words(gpu, "mig", "-dci", "-gi", instance))],
+         lambda: any(str(one.instance) == instance for one in smi.computes(machine, gpu)))
 
 
 def destroy(machine: Machine, given: argparse.Namespace) -> Answer:
@@ -226,11 +249,23 @@ def destroy(machine: Machine, given: argparse.Namespace) -> Answer:
                 again = Run(_words(gpu, "mig", "-cci", str(compute.profile), "-gi",
                                    str(one.number)))
                 _run(machine, _words(gpu, "mig", "-dci", "-ci", str(compute.number), "-gi",
-                                     str(one.number)), [again])
+                                     str(one.number)), [again],
+                     functools.partial(_no_compute, machine, gpu, compute))
             back.append(Run(_words(gpu, "mig", "-cgi", f"{one.profile}:{one.start}")))
-            _run(machine, _words(gpu, "mig", "-dgi", "-gi", str(one.number)), back)
+            _run(machine, _words(gpu, "mig", "-dgi", "-gi", str(one.number)), back,
+                 functools.partial(_no_instance, machine, gpu, one))
+    if machine.dry_run:
+        return Answer()
     return Answer([f"{gpu.address}: instance {one.number} ({one.name}) is gone"
                    for one in chosen], {"destroyed": [one.number for one in chosen]})
+
+
+def _no_compute(machine: Machine, gpu: Gpu, compute: Compute) -> bool:
+    return compute not in smi.computes(machine, gpu)
+
+
+def _no_instance(machine: Machine, gpu: Gpu, instance: Instance) -> bool:
+    return instance not in smi.instances(machine, gpu)
 
 
 # what is meant
@@ -242,14 +277,25 @@ def _words(gpu: Gpu, *words: str) -> tuple[str, ...]:
     return (PROGRAM, *head, "-i", gpu.address, *words[len(head):])
 
 
-def _run(machine: Machine, words: tuple[str, ...], undo: list[Change]) -> None:
-    """Run it, and say what a failure means."""
+def _run(machine: Machine, words: tuple[str, ...], undo: list[Change],
+         done: Callable[[], bool] = lambda: False) -> None:
+    """Run it, and say what a failure means. One that is `done` all the same is undone."""
     try:
-        machine.run(words, timeout=SWITCHING, undo=undo)
+        machine.run(words, timeout=SWITCHING, undo=undo, atomic=True)
     except UserError as failure:
+        if not isinstance(failure, Missing) and _may_be(done):
+            machine.also(undo)
         cure = smi.cure(failure.what)
         raise (UserError(failure.what, hint=cure) if cure and failure.hint is None
                else failure) from None
+
+
+def _may_be(done: Callable[[], bool]) -> bool:
+    """Is it done? It may be where nvidia-smi no longer answers."""
+    try:
+        return done()
+    except UserError:
+        return True
 
 
 def _named(machine: Machine, text: str) -> Gpu:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from katagpu import log
 from katagpu.errors import UserError
-from katagpu.host import bootline, command, groups, pci, vfio
+from katagpu.host import bootline, command, groups, nvidia, pci, vfio
 from katagpu.host.command import Answer, Commands
 from katagpu.host.machine import Machine, Refused
 from katagpu.host.pci import Function
@@ -99,19 +99,27 @@ def _more(machine: Machine, given: argparse.Namespace) -> dict[str, tuple[str, s
 
 
 def _less(machine: Machine, before: Kept, texts: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """What stays. A card that is gone is taken back by its full address."""
+    """What stays. With a function go those of its group, and of its card where it has none."""
     gone: set[str] = set() if texts else set(before)
     for text in texts:
-        if text in before:
-            gone.add(text)
-        else:
-            gone.add(pci.resolve(machine, text).address)
-        group = machine.link(f"{pci.DEVICES}/{text}/iommu_group")
+        address = _address(machine, before, text)
+        slot = address.rpartition(".")[0]
+        gone |= {address, *(other for other in before if other.rpartition(".")[0] == slot)}
+        group = machine.link(f"{pci.DEVICES}/{address}/iommu_group")
         gone |= {member.address for member in pci.members(machine, group)} if group else set()
     if texts and not gone & set(before):
         raise UserError(f"not persistent: {', '.join(texts)}",
                         hint=f"persistent: {', '.join(before) or 'nothing'}")
     return {address: facts for address, facts in before.items() if address not in gone}
+
+
+def _address(machine: Machine, before: Kept, text: str) -> str:
+    """The address that is meant: of what is persistent, its card may be gone; else of a function.
+    """
+    word = text.strip().lower()
+    named = [address for address in before
+             if word in (address, address.partition(":")[2]) or nvidia.address(word) == address]
+    return named[0] if len(named) == 1 else pci.resolve(machine, text).address
 
 
 def files(machine: Machine, wanted: Kept) -> dict[str, str]:
@@ -169,9 +177,9 @@ def _hints(machine: Machine, after: Kept) -> list[str]:
     if after and not on:
         found.append(f"the IOMMU is off: {bootline.how(machine, lacking)}" if lacking else
                      groups.IOMMU_OFF)
-    if after and on:
-        found.append("now, without a reboot: katagpu host bind " + " ".join(
-            address for address, facts in sorted(after.items()) if facts[1][:2] == "03"))
+    gpus = [address for address, facts in sorted(after.items()) if facts[1][:2] == "03"]
+    if gpus and on:
+        found.append(f"now, without a reboot: katagpu host bind {' '.join(gpus)}")
     if not after and any(machine.names(f"{pci.DRIVERS}/{driver}") for driver in vfio.DRIVERS):
         found.append("what is bound to vfio-pci stays so until it is given back (katagpu host "
                      "unbind)")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from katagpu.errors import UserError
 from katagpu.host.changes import below
 
+# Of the user's: proxies, and where containerd and what crictl talks to are.
+PASSED = re.compile(r"\w+_(proxy|PROXY)|CONTAINERD_\w+|CONTAINER_RUNTIME_ENDPOINT|"
+                    r"IMAGE_SERVICE_ENDPOINT|CRI_CONFIG_FILE")
 SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -44,18 +48,23 @@ class Programs:
     """Starts programs of the host below `root`: by chroot(8) where that is another root.
 
     `search` replaces the host's PATH, and chroot with it: tests put programs of their own there.
+    Of `environment` (default: the user's) they get what `PASSED` names.
     """
 
-    def __init__(self, root: str = "/", search: str | None = None) -> None:
+    def __init__(self, root: str = "/", search: str | None = None,
+                 environment: Mapping[str, str] | None = None) -> None:
         self.root = root
         self.search = search
+        given = os.environ if environment is None else environment
+        self.environment = {name: value for name, value in given.items()
+                            if PASSED.fullmatch(name)}
 
     def find(self, name: str) -> str | None:
         """The program's path on the host."""
         if self.search is not None:
             return shutil.which(name, path=self.search)
         for directory in SEARCH.split(":"):
-            if os.access(f"{self.root.rstrip('/')}{directory}/{name}", os.X_OK):
+            if os.access(below(self.root, f"{directory}/{name}"), os.X_OK):
                 return f"{directory}/{name}"
         return None
 
@@ -71,7 +80,8 @@ class Programs:
         words = [path, *argv[1:]]
         if self.root != "/" and self.search is None:
             words = ["chroot", self.root, *words]
-        environment = {"PATH": self.search or SEARCH, "LC_ALL": "C", "LANG": "C", "HOME": "/"}
+        environment = {**self.environment, "PATH": self.search or SEARCH, "LC_ALL": "C",
+                       "LANG": "C", "HOME": "/"}
         if self.search is not None:
             environment["PATH"] = f"{self.search}:{SEARCH}"
             environment["KATAGPU_HOST_ROOT"] = self.root

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import asdict
 
 from katagpu.errors import UserError
-from katagpu.host import command, configure, containers, pci, smokeparts, snippets, vfio, vgputypes
+from katagpu.host import (
+    command,
+    configure,
+    containers,
+    katafiles,
+    pci,
+    smokeparts,
+    snippets,
+    standalone,
+    vfio,
+    vgputypes,
+)
 from katagpu.host.command import Answer, Commands
 from katagpu.host.containers import Job
+from katagpu.host.katafiles import Target
 from katagpu.host.kataguest import Guest
 from katagpu.host.machine import Machine
 from katagpu.host.programs import TooLong
@@ -42,19 +55,38 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
     program = containers.choose(machine, given.program)
     notes += [containers.NOTES[program]] if program in containers.NOTES else []
     node, ids = _device(machine, given.device)
+    what = snippets.devices(machine).get(node, "no GPU or vGPU that is known here")
+    target = configure.in_use(machine, goal.target)
+    copy, more = _without_kubelet(machine, program, target)
+    notes += more
     job = Job(name=f"katagpu-smoke-{os.getpid()}", image=given.image, device=node,
               script=smokeparts.SCRIPT, shim=snippets.program(machine, goal.target.shim),
-              config=configure.in_use(machine, goal.target).config, handler=snippets.name_of(goal))
-    machine.agree(f"run a container with {node}, by {program}")
+              config=target.config, handler=snippets.name_of(goal), copy=copy)
+    machine.agree(f"run a container with {node} ({what}), by {program}")
     steps = _steps(machine, program, job, guest, ids, given.timeout)
     if machine.dry_run:
-        return Answer(notes)
-    lines = [line for step in steps for line in step.lines]
+        return Answer([f"note: {note}" for note in notes], {"notes": notes})
+    lines = [f"{node}: {what}", *(line for step in steps for line in step.lines)]
     fine = all(step.passed for step in steps)
     return Answer([*lines, *(f"note: {note}" for note in notes)],
-                  {"device": node, "program": program, "config": job.config, "notes": notes,
-                   "steps": [{"name": step.name, "passed": step.passed, "said": step.said,
-                              "reason": step.reason} for step in steps]}, fine)
+                  {"device": node, "what": what, "program": program, "config": job.config,
+                   "notes": notes, "steps": [asdict(step) for step in steps]}, fine)
+
+
+def _without_kubelet(machine: Machine, program: str, target: Target) -> tuple[str, list[str]]:
+    """A configuration for a container that is in no pod, where Kata's own is none; and why.
+
+    Raises `UserError` where the program can give no GPU to a container.
+    """
+    if program == "nerdctl":
+        standalone.by_default(machine, target)
+        return "", []
+    found = katafiles.effective(machine, target)
+    if program == "crictl":
+        standalone.in_a_pod(found, target.config)
+        return "", []
+    socket = standalone.socket(found)
+    return (standalone.text(found), [standalone.NOTE.format(socket)]) if socket else ("", [])
 
 
 def _steps(machine: Machine, program: str, job: Job, guest: Guest, ids: list[str],

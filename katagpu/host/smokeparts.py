@@ -23,6 +23,9 @@ echo '{MARK} nvidia-smi'; nvidia-smi 2>&1; echo "{MARK} status $?"
 """
 # What the runtime says when no container comes to be, and what to do about it.
 REASONS: Sequence[tuple[str, str]] = (
+    (r"GetPodResources|cold plug: |Pod Resources CDI", "Kata asks the kubelet for a pod's GPUs, "
+     "and this container is in none: smoke --with ctr runs it with a configuration whose "
+     "pod_resource_api_sock is empty (katagpu host snippets ctr)"),
     (r"vhost-vsock|host system doesn't support vsock", "modprobe vhost-vsock"),
     (r"group \d+ is not viable", "bind the whole IOMMU group to vfio-pci: katagpu host bind BDF"),
     (r"/dev/kvm|KVM kernel module", "KVM is not there: virtualisation has to be on in the BIOS; "

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from katagpu.errors import UserError
-from katagpu.host import command, configure, pci, vfio
+from katagpu.host import command, configure, katafiles, pci, standalone, tomlreader, vfio
 from katagpu.host.command import Answer, Commands
 from katagpu.host.configure import Goal
 from katagpu.host.katafiles import PROGRAMS
 from katagpu.host.machine import Machine
-from katagpu.kataconfig import default_handler
 from katagpu.kataversions import Shim
 
 CONTAINERD = "/etc/containerd/config.toml"
-PLUGINS: Mapping[int, str] = {2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime"}
+# By the version of its configuration; one without that line is version 1 (its config.toml(5)).
+PLUGINS: Mapping[int, str] = {2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime",
+                              4: "io.containerd.cri.v1.runtime"}
+CRI = ("cri", *PLUGINS.values())
+# Where kata-deploy leaves its part of containerd's configuration (3.12 to 4.1).
+DEPLOYED = ("/opt/kata/containerd/config.d/kata-deploy.toml",
+            "/etc/containerd/containerd.d/kata-deploy.toml",
+            "/etc/containerd/conf.d/kata-deploy.toml")
 OWN = "kata-katagpu"  # the runtime's name where kata-deploy has none for it
 IMAGE = "docker.io/library/ubuntu:24.04"  # the guest's toolkit puts nvidia-smi into it
 OVERHEAD = 2048  # MiB beside the guest's memory: QEMU, virtiofsd (Kata's RuntimeClass has as much)
@@ -52,9 +58,9 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
 
 def name_of(goal: Goal) -> str:
     """The runtime class: kata-deploy's where it has one for this configuration."""
-    if goal.own or not goal.target.alone:
+    if goal.own or not goal.target.handler:
         return OWN if goal.target.shim is Shim.GO else f"{OWN}-rs"
-    return f"kata-{goal.target.directory.rpartition('/')[2]}"
+    return goal.target.handler or OWN
 
 
 def program(machine: Machine, shim: Shim) -> str:
@@ -65,19 +71,25 @@ def program(machine: Machine, shim: Shim) -> str:
 
 def containerd(machine: Machine, goal: Goal, image: str) -> str:
     """The runtime in containerd's configuration."""
-    text = machine.text(CONTAINERD) or ""
-    found = re.search(r"(?m)^\s*version\s*=\s*(\d+)", text)
-    number = int(found[1]) if found else 2
-    if number not in PLUGINS:
-        raise UserError(f"{CONTAINERD} is of version {number}, which is not known here",
-                        hint="containerd config migrate brings it to version 2 or 3")
-    name = name_of(goal)
-    table = f'plugins."{PLUGINS[number]}".containerd.runtimes.{name}'
-    known = [f"kata-{default_handler(shim)}" for shim in Shim]
-    head = "is there already, by kata-deploy; compare it" if name in known \
-        else "append it, then: systemctl restart containerd"
-    return f"""\
-# {CONTAINERD} (version {number}): {head}
+    found = _containerd(machine)
+    number = found.get("version", 1) if found is not None else 2
+    if number not in (1, *PLUGINS):
+        raise UserError(f"{CONTAINERD} is of version {number!r}, which is not known here",
+                        hint="containerd config migrate brings it to the newest that it knows")
+    lines = [f"# {CONTAINERD} (version {number}): {_where(goal)}"]
+    if found is None:
+        lines = [f"# {CONTAINERD} is not there: write it, then: systemctl restart containerd",
+                 "version = 2"]
+    elif number == 1:
+        lines = [f"# {CONTAINERD} has no `version = 2`, and is read as version 1: that has to be "
+                 "its first line,", '# and tables that it has of [plugins.cri] become those of '
+                 '[plugins."io.containerd.grpc.v1.cri"]. Then:', f"# {_where(goal)}"]
+    off = [name for name in (found or {}).get("disabled_plugins", []) if name in CRI]
+    if off:
+        lines.append(f"# disabled_plugins has {', '.join(off)}: take it out, or Kubernetes starts "
+                     "nothing here")
+    table = f'plugins."{PLUGINS[max(number, 2)]}".containerd.runtimes.{name_of(goal)}'
+    return "\n".join(lines) + f"""
 [{table}]
   runtime_type = "io.containerd.kata.v2"
   runtime_path = "{program(machine, goal.target.shim)}"
@@ -86,6 +98,24 @@ def containerd(machine: Machine, goal: Goal, image: str) -> str:
   [{table}.options]
     ConfigPath = "{goal.effective.config}"
 """
+
+
+def _containerd(machine: Machine) -> dict[str, Any] | None:
+    """containerd's configuration; None where there is none. Raises `UserError`."""
+    text = machine.text(CONTAINERD)
+    if text is None:
+        return None
+    try:
+        return katafiles.loads(text)
+    except tomlreader.Wrong as failure:
+        raise UserError(f"{CONTAINERD}:{failure.line}: {failure.why}",
+                        hint="mend that line: containerd does not start with it") from None
+
+
+def _where(goal: Goal) -> str:
+    if goal.target.handler and not goal.own:
+        return "is there already, by kata-deploy; compare it"
+    return "append it, then: systemctl restart containerd"
 
 
 def runtime_class(machine: Machine, goal: Goal, image: str) -> str:
@@ -102,10 +132,15 @@ overhead:
   podFixed:
     memory: "{goal.settings.default_memory + OVERHEAD}Mi"
     cpu: "1"
-scheduling:
-  nodeSelector:
-    katacontainers.io/kata-runtime: "true"
-"""
+{_scheduling(machine, goal)}"""
+
+
+def _scheduling(machine: Machine, goal: Goal) -> str:
+    """Only to nodes with Kata, where they have the label that kata-deploy gives them."""
+    if goal.target.handler or any(map(machine.exists, DEPLOYED)):
+        return 'scheduling:\n  nodeSelector:\n    katacontainers.io/kata-runtime: "true"\n'
+    return ("# Kata is not from kata-deploy, which labels its nodes: where only some have Kata, "
+            "give them\n# a label, and name it here in scheduling.nodeSelector\n")
 
 
 def pod(machine: Machine, goal: Goal, image: str) -> str:
@@ -134,18 +169,25 @@ def ctr(machine: Machine, goal: Goal, image: str) -> str:
     """A container by hand, for each device that can be given to one."""
     found = devices(machine)
     lines = [f"ctr image pull {shlex.quote(image)}"]
+    config = goal.effective.config
+    asked = standalone.socket(katafiles.effective(machine, configure.in_use(machine, goal.target)))
+    if asked:
+        config, copying = standalone.copying(goal.effective, own=goal.own)
+        lines += [f"# Kata asks the kubelet ({asked}) for a pod's GPUs, and ctr's containers are "
+                  "in no pod:", "# a copy that does not ask; renew it when the configuration "
+                  "changes", *copying]
     for node, what in found.items():
-        lines += [f"# {what}",
-                  shlex.join([*arguments(machine, goal, node), image, "gpu-check", "nvidia-smi"])]
+        lines += [f"# {what}", shlex.join([*arguments(machine, goal, node, config), image,
+                                           "gpu-check", "nvidia-smi"])]
     if not found:
         lines.append("# no GPU is bound to vfio-pci, and there is no vGPU: katagpu host bind BDF")
     return "\n".join(lines) + "\n"
 
 
-def arguments(machine: Machine, goal: Goal, node: str) -> list[str]:
-    """`ctr run` with a device, up to the image."""
+def arguments(machine: Machine, goal: Goal, node: str, config: str) -> list[str]:
+    """`ctr run` with a device and a configuration of Kata, up to the image."""
     return ["ctr", "run", "--rm", "--runtime", program(machine, goal.target.shim),
-            "--runtime-config-path", goal.effective.config, "--device", node]
+            "--runtime-config-path", config, "--device", node]
 
 
 def devices(machine: Machine) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 Ids of a generation: https://pci-ids.ucw.cz. First and last branches: NVIDIA's data-center driver
 documentation and its deprecation schedule for Unix; the open modules: README of
-open-gpu-kernel-modules.
+open-gpu-kernel-modules, and for Grace Hopper and Blackwell "NVIDIA Transitions Fully Towards
+Open-Source GPU Kernel Modules" (developer.nvidia.com/blog).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from katagpu.host import kataguest
 from katagpu.host.machine import Machine
 from katagpu.host.pci import Function
 from katagpu.host.verdict import Verdict, failed, passed, warned
+from katagpu.host.vfio import GRACE_IDS
 
 NAME = "driver-id"
 _RANGES = (
@@ -72,7 +74,7 @@ def check(gpu: Function, facts: Mapping[str, Any] | None) -> Verdict:
     flavour, version = str(driver.get("kernel_module")), str(driver.get("version"))
     title = f"{version} ({flavour})" if driver.get("kernel_module") else version
     kind = generation(gpu.device)
-    problem = _problem(kind, flavour, version) if kind else None
+    problem = _problem(kind, flavour, version, grace=gpu.ids in GRACE_IDS) if kind else None
     if problem:
         return failed(NAME, f"[{gpu.ids}] is {kind}, and the guest's driver is {title}", problem,
                       gpu.address)
@@ -92,7 +94,7 @@ def check(gpu: Function, facts: Mapping[str, Any] | None) -> Verdict:
                   "does not say", gpu.address)
 
 
-def _problem(kind: str, flavour: str, version: str) -> str | None:
+def _problem(kind: str, flavour: str, version: str, *, grace: bool = False) -> str | None:
     """The cure where a driver cannot drive a generation."""
     found = re.match(r"\d+", version)
     branch = int(found[0]) if found else None
@@ -102,6 +104,7 @@ def _problem(kind: str, flavour: str, version: str) -> str | None:
         return f"{LAST[kind]} is the last branch that drives {kind}: driver=VERSION"
     if flavour == "open" and kind in CLOSED_ONLY:
         return "NVIDIA's open modules drive Turing and newer: `kernel_module: closed` in the recipe"
-    if flavour == "closed" and kind in OPEN_ONLY:
-        return f"{kind} is driven by NVIDIA's open modules alone: `kernel_module: open`"
+    if flavour == "closed" and (kind in OPEN_ONLY or grace):
+        name = kind if kind in OPEN_ONLY else f"Grace {kind}"
+        return f"{name} is driven by NVIDIA's open modules alone: `kernel_module: open`"
     return None

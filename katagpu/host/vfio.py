@@ -7,9 +7,11 @@ sysfs-bus-vfio-mdev. NVIDIA's own interface, on kernels without mdev: NVIDIA's v
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 
+from katagpu.host import bootline
 from katagpu.host.machine import Machine
 from katagpu.host.pci import DEVICES, Function
 
@@ -19,6 +21,10 @@ GRACE = "nvgrace_gpu_vfio_pci"
 GRACE_IDS = frozenset(("10de:2342", "10de:2345", "10de:2348", "10de:2941", "10de:31c2"))
 """GH200, GB200, GB300: with vfio-pci a guest sees nothing of their memory."""
 DRIVERS = (VFIO, GRACE)
+MODPROBE_D = ("/etc/modprobe.d", "/run/modprobe.d", "/usr/local/lib/modprobe.d",
+              "/usr/lib/modprobe.d", "/lib/modprobe.d")
+_IDS = re.compile(r"vfio[-_]pci\.ids=", re.I)
+_OPTIONS = re.compile(r"^[ \t]*options[ \t]+vfio[-_]pci[ \t](.*\bids=.*)$", re.M)
 
 
 class Interface(Enum):
@@ -39,6 +45,21 @@ class Vgpu:
 def driver(ids: str) -> str:
     """The driver that gives a function to guests, by its ids."""
     return GRACE if ids in GRACE_IDS else VFIO
+
+
+def named_by_ids(machine: Machine, ids: str) -> list[str]:
+    """Where vfio-pci is told to take all functions of these ids: its parameter `ids`.
+
+    On the kernel's command line, or in a file of modprobe.d(5).
+    """
+    found = ["/proc/cmdline"] if any(
+        _IDS.match(word) and ids in word.lower() for word in bootline.options(machine)) else []
+    for directory in MODPROBE_D:
+        for name in machine.names(directory):
+            text = machine.text(f"{directory}/{name}") or "" if name.endswith(".conf") else ""
+            if any(ids in line.lower() for line in _OPTIONS.findall(text)):
+                found.append(f"{directory}/{name}")
+    return found
 
 
 def group_node(group: str) -> str:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 
 from katagpu.errors import UserError
-from katagpu.host import command, nvidia, pci, vgputypes
+from katagpu.host import command, nvidia, pci, support, vgputypes
 from katagpu.host.changes import Run, Write
 from katagpu.host.command import Answer, Commands
 from katagpu.host.machine import Machine
@@ -76,16 +76,31 @@ def enable(machine: Machine, given: argparse.Namespace) -> Answer:
     machine.agree(f"enable {gpu.total_vfs} virtual functions of {gpu.address}")
     with machine.together():
         if machine.exists(SRIOV_MANAGE):
-            machine.run([SRIOV_MANAGE, "-e", gpu.address], timeout=ENABLING,
-                        undo=[Run((SRIOV_MANAGE, "-d", gpu.address), ENABLING)])
+            _manage(machine, gpu, "-e", "-d")
         else:
             machine.write(f"{gpu.path}/sriov_numvfs", f"{gpu.total_vfs}\n",
                           undo=[Write(f"{gpu.path}/sriov_numvfs", "0\n")])
+        if machine.dry_run:
+            return Answer()
         after = pci.read(machine, gpu.address)
-        if not after.vfs and not machine.dry_run:
-            raise UserError(f"{gpu.address} has no virtual function afterwards",
-                            hint="SR-IOV has to be on in the BIOS; dmesg | grep -i nvrm says more")
+        if len(after.vfs) < gpu.total_vfs:
+            raise UserError(f"{gpu.address} has {len(after.vfs) or 'no'} virtual function"
+                            f"{'' if len(after.vfs) < 2 else 's'} afterwards, and not "
+                            f"{gpu.total_vfs}", hint="SR-IOV has to be on in the BIOS; dmesg | "
+                                                     "grep -i nvrm says more")
     return _functions(after, f"{gpu.address}: {len(after.vfs)} virtual functions")
+
+
+def _manage(machine: Machine, gpu: Function, flag: str, back: str) -> None:
+    """Run sriov-manage. Where it fails, what it did half-way is undone, and nothing else."""
+    undo = Run((SRIOV_MANAGE, back, gpu.address), ENABLING)
+    try:
+        machine.run([SRIOV_MANAGE, flag, gpu.address], timeout=ENABLING, undo=[undo], atomic=True)
+    except UserError:
+        now = pci.read(machine, gpu.address)
+        if (list(now.vfs), now.driver) != (list(gpu.vfs), gpu.driver):
+            machine.also([undo])
+        raise
 
 
 def _functions(gpu: Function, line: str) -> Answer:
@@ -105,13 +120,14 @@ def disable(machine: Machine, given: argparse.Namespace) -> Answer:
     machine.agree(f"disable the virtual functions of {gpu.address}")
     with machine.together():
         if machine.exists(SRIOV_MANAGE):
-            machine.run([SRIOV_MANAGE, "-d", gpu.address], timeout=ENABLING,
-                        undo=[Run((SRIOV_MANAGE, "-e", gpu.address), ENABLING)])
+            _manage(machine, gpu, "-d", "-e")
         else:
             machine.write(f"{gpu.path}/sriov_numvfs", "0\n",
                           undo=[Write(f"{gpu.path}/sriov_numvfs", f"{len(gpu.vfs)}\n")])
+        if machine.dry_run:
+            return Answer()
         after = pci.read(machine, gpu.address)
-        if after.vfs and not machine.dry_run:
+        if after.vfs:
             raise UserError(f"{gpu.address} still has {len(after.vfs)} virtual functions",
                             hint="something uses them: fuser -v /dev/vfio/*")
     return _functions(after, f"{gpu.address}: its virtual functions are gone")
@@ -137,7 +153,7 @@ def create(machine: Machine, given: argparse.Namespace) -> Answer:
             machine.write(f"{path}/{CURRENT}", f"{kind.directory}\n",
                           undo=[Write(f"{path}/{CURRENT}", "0\n")])
         if machine.dry_run:
-            return Answer(notes, {"vgpu": name, "type": kind.name})
+            return Answer(notes, {"notes": notes})
         found = next((one for one in vgputypes.made(machine, gpu) if one.name == name), None)
         if found is None or found.node is None:
             raise UserError(f"the vGPU {name} is not there afterwards, or has no IOMMU group",
@@ -171,6 +187,8 @@ def remove(machine: Machine, given: argparse.Namespace) -> Answer:
             else:
                 machine.write(f"{path}/{CURRENT}", "0\n",
                               undo=[Write(f"{path}/{CURRENT}", f"{one.directory}\n")])
+    if machine.dry_run:
+        return Answer()
     return Answer([f"removed: {one.name}" for one in chosen],
                   {"removed": [one.name for one in chosen]})
 
@@ -185,11 +203,21 @@ def _owner(machine: Machine, function: Function) -> Function:
 
 def _physical(machine: Machine, text: str) -> Function:
     gpu = _owner(machine, pci.resolve(machine, text))
+    if gpu.total_vfs and not _by_functions(gpu):
+        raise UserError(f"{gpu} is {support.generation(gpu.device)}: its vGPU types are on the "
+                        "card itself, and not on virtual functions",
+                        hint="katagpu host vgpu list has them, where NVIDIA's vGPU manager runs")
     if not gpu.total_vfs:
         raise UserError(f"{gpu} has no SR-IOV (sriov_totalvfs is not there, or 0)",
                         hint="cards before Ampere have none, and their vGPU types on themselves; "
                              "else it is off in the BIOS")
     return gpu
+
+
+def _by_functions(gpu: Function) -> bool:
+    """Are its vGPUs made on virtual functions? Turing can have those too, and has no use for them.
+    """
+    return support.generation(gpu.device) not in ("Turing", *support.CLOSED_ONLY)
 
 
 def _chosen(machine: Machine, gpu: Function, function: Function, text: str) -> Kind:
@@ -251,7 +279,7 @@ def _why_none(machine: Machine, gpu: Function) -> str:
     if gpu.driver in DRIVERS:
         return f"it is bound to {gpu.driver}, for a guest of its own: katagpu host unbind " \
                f"{gpu.address}"
-    if gpu.total_vfs and not gpu.vfs:
+    if gpu.total_vfs and not gpu.vfs and _by_functions(gpu):
         return f"its virtual functions are off: katagpu host vgpu enable {gpu.address}"
     return "its driver offers no vGPU types: that takes NVIDIA's vGPU manager (-vgpu-kvm.run), " \
            "and a card that it supports"

@@ -1,7 +1,8 @@
 """A program in the place of nvidia-smi, with the words and tables of the real one, and a memory.
 
 Its state is a JSON file below the host's root. `fail` has what it says, and its status, by the
-option that it refuses; `slow` makes a mode wait for a reset; `prefix` is put before all tables.
+option that it refuses; `late` has the same for one that it does first, and `hangs` options that
+never end after that; `slow` makes a mode wait for a reset; `prefix` is put before all tables.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ def write(root: Path, gpu: str, **changes: Any) -> None:
     """Its state: one GPU, whose MIG is off."""
     (root / STATE).write_text(json.dumps({
         "address": gpu, "current": "Disabled", "pending": "Disabled", "instances": [],
-        "processes": [], "mode": "None", "slow": False, "fail": {}, "log": [], **changes}))
+        "processes": [], "mode": "None", "slow": False, "fail": {}, "late": {},
+        "hangs": [], "log": [], **changes}))
 
 
 def read(root: Path) -> Any:
@@ -45,6 +48,17 @@ class Smi:
 
     def run(self, words: list[str]) -> int:
         """Its status."""
+        status = self.answer(words)
+        for option, (text, late) in self.state["late"].items():
+            if option in words:
+                print(text)
+                return int(late)
+        if set(self.state["hangs"]) & set(words):
+            time.sleep(60)
+        return status
+
+    def answer(self, words: list[str]) -> int:
+        """Do what is asked."""
         self.state["log"].append(words)
         self.path.write_text(json.dumps(self.state))
         assert os.environ["LC_ALL"] == "C"

@@ -287,3 +287,26 @@ def test_functions_of_a_card_beside_the_gpu(host: Make) -> None:
     here.tree.add(Device("0000:d0:00.1", "10de:1aef", AUDIO, driver=None, group=192))
     assert here("bind", A30, "--yes").status == 0
     assert drivers(here, "0000:d0:00.1") == ["vfio-pci"]
+
+
+@pytest.mark.parametrize(("file", "text", "named"), [
+    ("etc/modprobe.d/vfio.conf", "# mine\noptions vfio-pci ids=10de:20B5,10de:20B7\n",
+     "/etc/modprobe.d/vfio.conf"),
+    ("proc/cmdline", "quiet vfio-pci.ids=10de:20b7 intel_iommu=on\n", "/proc/cmdline"),
+    ("etc/modprobe.d/vfio.conf", "options vfio-pci ids=10de:1eb8\n", None)])
+def test_ids_that_vfio_pci_takes_by_itself(host: Make, monkeypatch: pytest.MonkeyPatch, file: str,
+                                           text: str, named: str | None) -> None:
+    """No rule of udev does that: the parameter `ids` of vfio-pci."""
+    monkeypatch.setitem(hosttree.MATCHES, "vfio-pci", ("10de", "03"))
+    here = host(hosttree.a30)
+    assert here("bind", A30, "--yes").status == 0
+    here.kernel.unwilling.add(("nvidia", A30))
+    here.tree.file(file, text)
+    said = here("unbind", A30, "--yes")
+    assert said.status == 1 and "is with vfio-pci still" in said.err
+    if named is None:
+        assert "udev rule" in said.err
+        return
+    assert f"of {named}:" in said.err
+    assert "echo 10de 20b7 > /sys/bus/pci/drivers/vfio-pci/remove_id" in said.err
+    assert "persist --remove" not in said.err

@@ -12,7 +12,7 @@ import pytest
 from katagpu import nvbranches
 from katagpu.host import kataguest, support
 from tests import hosttree
-from tests.host import katatree
+from tests.host import katatree, vgpuhost
 from tests.host.conftest import Host, Make
 from tests.hosttree import Device, Tree
 
@@ -237,6 +237,28 @@ def test_groups(host: Make) -> None:
     assert "ACS" in found[0][2]
 
 
+@pytest.mark.parametrize(("away", "stays"), [
+    ("0000:18:00.1", "snd_hda_intel"), ("0000:19:00.0", "nvidia")])
+def test_a_group_of_which_the_host_has_a_part_still(host: Make, away: str, stays: str) -> None:
+    """VFIO gives no function of it away: the group is not viable."""
+    here = host(ready(hosttree.switch))
+    assert here("bind", "18:00.0", "--yes").status == 0
+    assert one(here, "group", "18:00.0")[0] == "warn"
+    drivers = here.tree.root / "sys/bus/pci/drivers"
+    here.kernel(drivers / "vfio-pci/unbind", away.encode())
+    here.kernel(here.tree.paths[away] / "driver_override", b"\n")
+    here.kernel(drivers / stays / "bind", away.encode())
+    state, said, cure = one(here, "group", "18:00.0")
+    assert state == "fail"
+    assert f"{away} [{here.tree.ids(away)}] ({stays})" in said and "18:00.0 " not in said
+    assert cure == "katagpu host bind 0000:18:00.0"
+    here.kernel(drivers / stays / "unbind", away.encode())
+    here.tree.link(here.tree.paths[away] / "driver", here.tree.driver("pci-stub"))
+    assert one(here, "group", "18:00.0")[0] == "warn"
+    assert here("bind", "18:00.0", "--yes").status == 0
+    assert one(here, "group", "18:00.0")[0] == "warn"
+
+
 def test_large_bars(host: Make) -> None:
     here = host(hosttree.no_iommu)
     state, said, cure = one(here, "bars")
@@ -282,6 +304,17 @@ def test_what_is_persistent_is_meant(host: Make) -> None:
     assert one(here, "driver")[0] == "fail"
 
 
+def test_a_gpu_for_vgpus_that_is_meant_for_one_guest(host: Make) -> None:
+    """With NVIDIA's vGPU manager, its types on the card itself or on functions of SR-IOV."""
+    here = host(ready(vgpuhost.old))
+    assert one(here, "driver")[0] == "pass"
+    state, said, cure = one(here, "driver", vgpuhost.PF)
+    assert (state, "for vGPUs" in said) == ("warn", True)
+    assert f"katagpu host bind {vgpuhost.PF}" in cure and "vgpu create" in cure
+    assert here("persist", vgpuhost.PF, "--yes").status == 0
+    assert one(here, "driver")[:2] == ("fail", "nvidia has it, so no guest can")
+
+
 def test_a_file_of_somebody_else_does_not_stop_it(host: Make) -> None:
     here = host(ready(hosttree.a30))
     here.tree.file("etc/modprobe.d/katagpu-vfio.conf", "options vfio-pci ids=10de:20b7\n")
@@ -304,6 +337,8 @@ def test_a_reset(host: Make) -> None:
     (hosttree.a30, {"version": "440.100"}, "fail", "is Ampere"),
     (hosttree.no_iommu, {}, "fail", "is Pascal, and the guest's driver is 550.163.01 (open)"),
     (hosttree.no_iommu, {"flavour": "closed"}, "pass", "drives Pascal"),
+    (hosttree.gh200, {"flavour": "closed"}, "fail", "is Hopper, and the guest's driver"),
+    (hosttree.gh200, {}, "pass", "drives Hopper"),
     (hosttree.no_iommu, {"flavour": "closed", "version": "590.48.01"}, "fail", "is Pascal")])
 def test_the_guests_driver(host: Make, build: Callable[[Path], Tree], facts: dict[str, Any],
                            state: str, said: str) -> None:

@@ -35,9 +35,23 @@ def test_each_command_has_help_and_the_common_options(
 
 @pytest.mark.parametrize("words", [[], ["what"], ["bind"], ["gpus", "--what"]])
 def test_command_lines_that_are_refused(
-        words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 1
-    assert "error:" in capsys.readouterr().err
+    assert "error:" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "near"), [
+    (["chek"], "check"), (["vgpu", "lst"], "list"), (["gpus", "--jsom"], "--json"),
+    (["configure", "--shim", "runtime-r"], "runtime-rs"),
+    (["configure", "--functons=3"], "--functions"), (["bind"], None)])
+def test_a_wrong_command_line_has_the_nearest_name(
+        words: list[str], near: str | None, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*words, "--json"], prog="python3 x.pyz") == 1
+    said = capfd.readouterr()
+    found = json.loads(said.out)
+    assert set(found) == {"error", "hint"} and found["error"] in said.err
+    assert "usage:" not in said.err and found["hint"].endswith("--help")
+    assert near is None or f"did you mean {near}? python3 x.pyz" in found["hint"]
 
 
 @pytest.mark.parametrize("words", [["python", "-m", "katagpu", "host"],
@@ -75,9 +89,9 @@ def test_a_terminal_without_utf_8_and_a_reader_that_leaves(tmp_path: Path, reade
 
 @pytest.mark.parametrize("words", [["configure", "--functions", "0"], ["smoke", "--timeout", "-1"],
                                    ["snippets", "--functions", "two"]])
-def test_numbers_that_are_none(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_that_are_none(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 1
-    assert "is no number from 1 on" in capsys.readouterr().err
+    assert "is no number from 1 on" in capfd.readouterr().err
 
 
 def test_a_root_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

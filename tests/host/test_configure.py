@@ -154,9 +154,30 @@ def test_written_again_only_where_something_changed(here: Host) -> None:
 def test_remove_takes_back_what_was_written(here: Host) -> None:
     before = here.tree.snapshot()
     here("configure", "--yes")
+    assert here("configure", "--remove", "--dry-run").out == f"rm -f {OURS}\n"
+    assert "removed" not in here("configure", "--remove", "--dry-run", "--json").data
     assert here("configure", "--remove", "--yes").out == f"removed: {OURS}\n"
     assert here.tree.snapshot() == before
     assert "nothing of this command" in here("configure", "--remove", "--yes").out
+
+
+def test_remove_finds_what_was_written_for_any_runtime(host: Make) -> None:
+    here = host(hosttree.a100)
+    katatree.kata(here.tree, rust=True)
+    katatree.guest(here.tree)
+    place = f"{katatree.DEFAULTS}/custom-runtimes/mine/configuration-qemu-nvidia-gpu.toml"
+    here.tree.file(place, (here.tree.root / katatree.GO).read_text())
+    here.tree.file("etc/kata-containers/configuration.toml",
+                   (here.tree.root / katatree.GO).read_text())
+    before = here.tree.snapshot()
+    for words in ([], ["--handler", "mine"], ["--config", "/etc/kata-containers/configuration.toml",
+                                              "--shim", "go"]):
+        assert here("configure", "--yes", *words).status == 0
+    said = here("configure", "--remove", "--yes", "--handler", "mine", "--json").data["removed"]
+    assert said == [f"/{place.rpartition('/')[0]}/config.d/{configure.DROP_IN}"]
+    said = here("configure", "--remove", "--yes", "--json").data["removed"]
+    assert len(said) == 3 and f"/etc/kata-containers/config.d/{configure.DROP_IN}" in said
+    assert here.tree.snapshot() == before
 
 
 def test_a_dry_run_writes_nothing(here: Host) -> None:
@@ -172,6 +193,82 @@ def test_without_a_word_nothing_is_written(here: Host) -> None:
     said = here("configure")
     assert said.status == 1 and "--yes" in said.err
     assert here.tree.snapshot() == before
+
+
+PROXY = "agent.https_proxy=http://proxy:3128"
+
+
+def with_proxy(here: Host, *more: str) -> None:
+    """kata-deploy's drop-in for a proxy: Kata's own words, and its."""
+    words = " ".join((*kataconfig.KERNEL_PARAMS, *more, PROXY))
+    here.tree.file(f"{katatree.DROP_INS}/30-kernel-params.toml",
+                   f'[hypervisor.qemu]\nkernel_params = "{words}"\n')
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_kernel_parameters_of_the_host_are_not_lost(host: Make, placed: bool) -> None:
+    """Kata replaces the string: the guest's drop-ins would take the proxy away."""
+    here = host(hosttree.a100)
+    katatree.kata(here.tree)
+    katatree.guest(here.tree, placed=placed, extra_kernel_params=("guest=1",))
+    with_proxy(here, "devtmpfs.mount=0")
+    if placed:  # only the release's own drop-in is there
+        (lost,) = here("configure", "--check", "--json").data["differences"]
+        assert lost["key"] == "kernel_params" and PROXY in lost["wants"]
+    assert here("configure", "--yes").status == 0
+    wanted = f"{PROXY} {' '.join(kataconfig.KERNEL_PARAMS)} guest=1"
+    assert qemu(here, OURS)["kernel_params"] == wanted
+    assert here("configure", "--check").status == 0
+    here.tree.file(OURS, katatree.read(here.tree, OURS).replace(PROXY, "quiet"))
+    (lost,) = here("configure", "--check", "--json").data["differences"]
+    assert lost["key"] == "kernel_params"
+
+
+def test_kernel_parameters_of_a_previous_guest_are_dropped(host: Make) -> None:
+    here = host(hosttree.a100)
+    katatree.kata(here.tree)
+    with_proxy(here)
+    katatree.guest(here.tree, name="old-1", extra_kernel_params=("old=1",))
+    assert here("configure", "--yes").status == 0
+    assert "old=1" in qemu(here, OURS)["kernel_params"]
+    (here.tree.root / katatree.HOME / "current").unlink()
+    katatree.guest(here.tree, name="new-1", extra_kernel_params=("new=1",))
+    assert here("configure", "--check").status == 1
+    assert here("configure", "--yes").status == 0
+    assert here("configure", "--check").status == 0
+    katatree.guest(here.tree, name="new-2", current=False, placed=False)
+    here.tree.file(f"{katatree.HOME}/new-1/config/50-katagpu.toml", katatree.read(
+        here.tree, f"{katatree.HOME}/new-2/config/50-katagpu.toml").replace("new-2", "new-1"))
+    (left,) = here("configure", "--check", "--json").data["differences"]
+    assert left["what"].endswith(": new=1") and left["origin"] == OURS
+    here.tree.file(f"{katatree.HOME}/new-1/config/50-katagpu.toml", katatree.read(
+        here.tree, f"{katatree.DROP_INS}/50-katagpu.toml"))
+    words = qemu(here, OURS)["kernel_params"].split()
+    assert "new=1" in words and PROXY in words and "old=1" not in words
+
+
+def test_kernel_parameters_in_a_configuration_of_our_own(host: Make) -> None:
+    here = host(hosttree.a100)
+    katatree.kata(here.tree, "3.7.0")
+    katatree.guest(here.tree, placed=False)
+    assert here("configure", "--yes").status == 0
+    assert qemu(here, OWN)["kernel_params"].split() == [
+        "agent.hotplug_timeout=20", *kataconfig.KERNEL_PARAMS]
+    source = here.tree.root / katatree.DEFAULTS / "configuration-qemu-nvidia-gpu.toml"
+    source.write_text(source.read_text().replace("agent.hotplug_timeout=20", PROXY))
+    lost = here("configure", "--check", "--json").data["differences"]
+    assert [one["key"] for one in lost] == ["kernel_params", ""]  # and the file has changed
+    assert here("configure", "--yes").status == 0
+    assert qemu(here, OWN)["kernel_params"].split()[0] == PROXY
+
+
+def test_switch_ports_and_the_rust_runtime(host: Make) -> None:
+    here = host(hosttree.t4)
+    katatree.kata(here.tree, rust=True)
+    katatree.guest(here.tree)
+    said = here("configure", "--yes", "--port", "switch-port")
+    assert said.status == 1 and "--shim go" in said.err
+    assert here("configure", "--yes", "--port", "switch-port", "--shim", "go").status == 0
 
 
 DISK = kataconfig.Extension(name="gpu", path=f"/{katatree.HOME}/toy-1.0.0/gpu.image",
@@ -377,12 +474,18 @@ def test_a_release_whose_parts_are_not_of_one_guest(here: Host) -> None:
     refused(here, "take the release again")
     (place / "manifest-1.0.0.json").write_text('{"schema": 9}')
     refused(here, "schema that is not known")
+    for key, value in (("driver", "580"), ("driver", ["580"]), ("kernel_verity_params", 1)):
+        (place / "manifest-1.0.0.json").write_text(json.dumps({**facts, key: value}))
+        refused(here, f"{key} is {value!r}, and not as a build writes it")
     (place / "manifest-1.0.0.json").unlink()
     refused(here, "has no manifest.json")
 
 
 @pytest.mark.parametrize(("old", "new"), [
     ("rootfs_type", "x"), ("[hypervisor.qemu]", "[hypervisor.clh]"),
+    ("[hypervisor.qemu]", "hypervisor = 1\n[x]"),
+    ("[hypervisor.qemu]", "[hypervisor]\nqemu = 1\n[x]"),
+    ("[hypervisor.qemu]", "[hypervisor.qemu]\nguest_extension_images = [1]"),
     ('kernel_params = "', 'kernel_params = 1 # "'), ('image = "', 'image = true # "')])
 def test_a_drop_in_that_no_build_wrote(here: Host, old: str, new: str) -> None:
     path = here.tree.root / katatree.HOME / "toy-1.0.0/config/50-katagpu.toml"

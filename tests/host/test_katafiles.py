@@ -173,9 +173,15 @@ def test_a_distribution_s_kata_says_its_version_itself(tree: Tree, machine: Mach
 
 def test_a_handler_of_one_s_own(tree: Tree, machine: Machine) -> None:
     katatree.kata(tree)
-    path = tree.file(f"{katatree.DEFAULTS}/custom-runtimes/my-gpu/configuration-my-gpu.toml", "")
-    (go, *_) = katafiles.targets(machine, handler="my-gpu")
-    assert go.config == "/" + os.path.relpath(path, tree.root)
+    for base, shim in (("qemu-nvidia-gpu", Shim.GO), ("qemu-nvidia-gpu-runtime-rs", Shim.RUST)):
+        handler = f"my-{base}"  # kata-deploy copies the file of one of its own, with its name
+        path = tree.file(f"{katatree.DEFAULTS}/custom-runtimes/{handler}/configuration-{base}.toml",
+                         "")
+        (found,) = katafiles.targets(machine, handler=handler)
+        assert (found.shim, found.config) == (shim, "/" + os.path.relpath(path, tree.root))
+        assert found.handler == handler
+        (found,) = katafiles.targets(machine, config=found.config)
+        assert found.shim is shim
 
 
 def test_a_handler_that_is_not_there(tree: Tree, machine: Machine) -> None:

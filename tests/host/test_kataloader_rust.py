@@ -134,7 +134,7 @@ def kata(loader: tuple[Version, Path], tmp_path: Path) -> Kata:
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"ports": 3}, {"plug": Plug.HOT}, {"port": Port.SWITCH, "ports": 2},
+    {}, {"ports": 3}, {"plug": Plug.HOT}, {"port": Port.SWITCH, "plug": Plug.HOT, "ports": 2},
     {"toolkit_mode": ToolkitMode.HOOK}, {"kernel_verity_params": LINE}, {"default_memory": 4096},
     {"dax_header": True}], ids=lambda changes: ",".join(changes) or "default")
 def test_the_loader_takes_what_is_written(kata: Kata, changes: dict[str, Any]) -> None:

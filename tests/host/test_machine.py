@@ -208,6 +208,33 @@ def test_programs_of_another_root_run_in_it(tmp_path: Path) -> None:
     assert "chroot" in found.err
 
 
+def test_links_to_programs_stay_below_the_root(tmp_path: Path) -> None:
+    """Debian's nvidia-smi is a link to /etc/alternatives, and absolute."""
+    for name in ("usr/bin", "etc/alternatives", "usr/lib/nvidia"):
+        (tmp_path / name).mkdir(parents=True)
+    real = tmp_path / "usr/lib/nvidia/nvidia-smi"
+    real.touch(0o755)
+    (tmp_path / "etc/alternatives/nvidia-smi").symlink_to("/usr/lib/nvidia/nvidia-smi")
+    (tmp_path / "usr/bin/nvidia-smi").symlink_to("/etc/alternatives/nvidia-smi")
+    (tmp_path / "usr/bin/sh").symlink_to("/bin/sh")  # is there, but not below this root
+    programs = Programs(str(tmp_path))
+    assert programs.find("nvidia-smi") == "/usr/bin/nvidia-smi"
+    assert programs.find("sh") is None
+
+
+def test_what_programs_get_of_the_user_s_environment(tmp_path: Path) -> None:
+    (tmp_path / "says").write_text("#!/bin/sh\nenv\n")
+    (tmp_path / "says").chmod(0o755)
+    wanted = {"https_proxy": "http://proxy:1", "NO_PROXY": "x", "CONTAINERD_ADDRESS": "/run/c.sock",
+              "CONTAINERD_NAMESPACE": "k8s.io", "CONTAINER_RUNTIME_ENDPOINT": "unix:///c",
+              "IMAGE_SERVICE_ENDPOINT": "unix:///i", "CRI_CONFIG_FILE": "/etc/crictl.yaml"}
+    other = {"LANG": "de_DE", "LD_PRELOAD": "/x.so", "PATH": "/mine", "HOME": "/me"}
+    said = Programs(search=str(tmp_path), environment={**wanted, **other}).run(["says"], 10).out
+    found = dict(line.split("=", 1) for line in said.splitlines())
+    assert {name: found.get(name) for name in wanted} == wanted
+    assert "LD_PRELOAD" not in found and (found["LANG"], found["HOME"]) == ("C", "/")
+
+
 def test_a_program_that_changes_and_fails(tmp_path: Path) -> None:
     host = Machine(tmp_path, yes=True, search="/bin:/usr/bin")
     host.agree("change")
@@ -216,6 +243,40 @@ def test_a_program_that_changes_and_fails(tmp_path: Path) -> None:
                  undo=[Run(("rm", f"{tmp_path}/made"))])
         host.run(["sh", "-c", "echo no >&2; exit 2"])
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(("script", "atomic", "stays"), [
+    ("touch $0; exit 1", False, False), ("touch $0; sleep 30", False, False),
+    ("touch $0; exit 1", True, True)])
+def test_what_a_failed_program_did_half_way_is_undone(tmp_path: Path, script: str, atomic: bool,
+                                                      stays: bool) -> None:
+    host = Machine(tmp_path, yes=True, search="/bin:/usr/bin")
+    host.agree("change")
+    made = str(tmp_path / "made")
+    with pytest.raises(UserError), host.together():
+        host.run(["sh", "-c", script, made], timeout=1, undo=[Run(("rm", made))], atomic=atomic)
+    assert (tmp_path / "made").exists() is stays
+
+
+def test_a_program_that_is_not_there_has_done_nothing(tmp_path: Path) -> None:
+    host = Machine(tmp_path, yes=True, search="/bin:/usr/bin")
+    host.agree("change")
+    with pytest.raises(Missing) as failure, host.together():
+        host.run(["no-such-program"], undo=[Run(("false",))])
+    assert "undone" not in failure.value.what
+
+
+def test_a_write_that_is_given_up_may_be_done(place: Path) -> None:
+    def slow(path: Path, data: bytes) -> None:
+        path.write_bytes(data)
+        if data == b"new":
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), str(path))
+
+    host = Machine(place, yes=True, attributes=slow)
+    host.agree("change")
+    with pytest.raises(Refused), host.together():
+        host.write("/sys/one", "new", undo=[old("one")])
+    assert contents(place)["one"] == "old\n"
 
 
 def test_lines_that_can_be_pasted(tmp_path: Path) -> None:

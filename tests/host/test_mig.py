@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from katagpu.host import mig
 from tests import hosttree
 from tests.host import fakesmi
 from tests.host.conftest import Host, Make
@@ -173,6 +174,37 @@ def test_create_all_or_none(smi: Smi) -> None:
     assert calls(here) == ["mig -cgi 19", "mig -cci -gi 7", "mig -dgi -gi 7"]
 
 
+@pytest.mark.parametrize(("option", "undone"), [
+    ("-cgi", ["mig -cgi 19", "mig -dgi -gi 7"]),
+    ("-cci", ["mig -cgi 19", "mig -cci -gi 7", "mig -dci -gi 7", "mig -dgi -gi 7"])])
+def test_create_that_fails_after_it_was_done(smi: Smi, option: str, undone: list[str]) -> None:
+    here = smi(**ON, late={option: ("Unknown Error", 255)})
+    refused(here, "Unknown Error", "create", GPU, "19")
+    assert calls(here) == undone
+
+
+@pytest.mark.parametrize(("option", "calling"), [
+    ("-dci", ["mig -dci -ci 0 -gi 7", "mig -cci 0 -gi 7"]),
+    ("-dgi", ["mig -dci -ci 0 -gi 7", "mig -dgi -gi 7", "mig -cgi 9:0", "mig -cci 0 -gi 7"])])
+def test_destroy_that_fails_after_it_was_done(smi: Smi, option: str, calling: list[str]) -> None:
+    here = smi(**ON, instances=TWO, late={option: ("Unknown Error", 255)})
+    said = here("mig", "destroy", GPU, "7", "--yes")
+    assert said.status == 1 and "NOT undone" not in said.err
+    assert calls(here) == calling
+    after = fakesmi.read(here.tree.root)["instances"]
+    assert sorted(after, key=lambda one: one["id"]) == TWO
+
+
+def test_a_mode_that_nvidia_smi_was_killed_over(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has turned MIG on, and hangs: MIG is turned off again."""
+    monkeypatch.setattr(mig, "SWITCHING", 8)
+    here = smi(hangs=["1"])
+    said = refused(here, "was killed", "enable", GPU)
+    assert f"undone by: nvidia-smi -i {GPU} -mig 0" in said
+    fakesmi.write(here.tree.root, GPU, fail={"-mig": ("In use by another client", 255)})
+    assert "undone" not in refused(here, "In use", "enable", GPU)
+
+
 @pytest.mark.parametrize(("profile", "word"), [
     ("1g.10GB+m", "did you mean 1g.10gb+me?"), ("42", "profiles: 1g.10gb"),
     ("7g.80gb,7g.80gb", "room for 1 of 7g.80gb, and not for 2")])
@@ -228,11 +260,14 @@ def test_a_dry_run_changes_nothing(smi: Smi) -> None:
                                          f"nvidia-smi -i {GPU} --gpu-reset"]
         assert calls(here) == []
     fakesmi.write(here.tree.root, GPU, **ON, instances=TWO)
-    assert here("mig", "destroy", GPU, "--dry-run").out.splitlines()[:3] == [
+    assert here("mig", "destroy", GPU, "--dry-run").out.splitlines() == [
         f"nvidia-smi mig -i {GPU} -dci -ci 0 -gi 7", f"nvidia-smi mig -i {GPU} -dgi -gi 7",
         f"nvidia-smi mig -i {GPU} -dgi -gi 11"]
-    assert here("mig", "create", GPU, "19", "--dry-run").out.startswith(
-        f"nvidia-smi mig -i {GPU} -cgi 19\n")
+    assert here("mig", "create", GPU, "19,19", "--dry-run").out.splitlines() == [
+        f"nvidia-smi mig -i {GPU} -cgi 19", f"nvidia-smi mig -i {GPU} -cci -gi INSTANCE"] * 2
+    for words in (["create", GPU, "19"], ["destroy", GPU], ["disable", GPU]):
+        fakesmi.write(here.tree.root, GPU, **ON, instances=TWO if words[0] == "destroy" else [])
+        assert set(here("mig", *words, "--dry-run", "--json").data) == {"dry_run"}
     assert calls(here) == []
 
 

@@ -69,6 +69,28 @@ def test_the_whole_group(host: Make) -> None:
     assert etc(here.tree.root) == {}
 
 
+@pytest.mark.parametrize("text", ["0000:18:00.0", "18:00.0", "00000000:18:00.0", "19:00.0"])
+def test_the_whole_group_goes_however_its_address_is_written(host: Make, text: str) -> None:
+    here = host(hosttree.switch)
+    here("persist", "0000:18:00.0", "--yes")
+    said = here("persist", "--remove", text, "--yes")
+    assert said.status == 0 and "without a reboot" not in said.out
+    assert etc(here.tree.root) == {}
+
+
+@pytest.mark.parametrize("text", ["65:00.0", "00000000:65:00.0"])
+@pytest.mark.parametrize("there", [True, False])
+def test_without_groups_a_card_goes_with_its_functions(host: Make, text: str, there: bool) -> None:
+    """The IOMMU is off; the card may be gone."""
+    here = host(hosttree.no_iommu)
+    here.tree.add(Device("0000:65:00.1", "10de:0fb8", hosttree.AUDIO, group=None))
+    here("persist", "65:00.0", "--yes")
+    if not there:
+        (here.tree.root / "sys/bus/pci/devices/0000:65:00.0").unlink()
+    assert here("persist", "--remove", text, "--yes").status == 0
+    assert etc(here.tree.root) == {}
+
+
 def test_a_card_that_is_gone_can_be_taken_back(host: Make) -> None:
     here = host(hosttree.a30)
     here("persist", A30, "--yes")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from katagpu.host import containers, smokeparts
+from katagpu.host import containers, smokeparts, standalone
 from tests import hosttree
 from tests.host import katatree, vgpuhost
 from tests.host.conftest import Host, Make
 from tests.hosttree import Device, Tree
 
 GPU = "0000:41:00.0"
+SOCKET = "/var/lib/kubelet/pod-resources/kubelet.sock"
 LARGE = ("0x0000380000000000 0x00003820ffffffff 0x000000000014220c")
 NOTHING = "0x0000000000000000 0x0000000000000000 0x0000000000000000"
 SMI = """\
@@ -59,7 +62,10 @@ def node(host: Make) -> Node:
     def make(text: str, status: int = 0, *, err: str = "", build: Callable[[Path], Tree] = ready,
              program: str = "ctr", sleep: str = "") -> Host:
         script = (f"printf '%s\\n' \"$*\" >> \"$KATAGPU_HOST_ROOT/calls\"\n"
-                  f"case \"$*\" in *' run '*|'run '*) {sleep}\n cat \"$KATAGPU_HOST_ROOT/said\"; "
+                  f"case \"$*\" in *' run '*|'run '*) {sleep}\n"
+                  'cp "$KATAGPU_HOST_ROOT"/run/katagpu-smoke/*.toml "$KATAGPU_HOST_ROOT/config" '
+                  "2>/dev/null\n"
+                  f"cat \"$KATAGPU_HOST_ROOT/said\"; "
                   f"printf '%s' {shlex.quote(err)} >&2; exit {status};; esac")
         here = host(build, **{program: script})
         here.tree.file("said", text)
@@ -79,17 +85,46 @@ def test_all_of_the_guide_s_steps(node: Node) -> None:
     said = here("smoke", "--yes")
     assert said.status == 0, said.out + said.err
     assert said.out.splitlines() == [
+        f"/dev/vfio/192: {GPU} [10de:20b5]",
         "pass  a container with /dev/vfio/192: ran by ctr",
         f"pass  uname -r: {katatree.KERNEL_RELEASE}",
         f"pass  lspci -nn: 10de:20b5: {line}",
         "pass  Region of 0000:02:00.0: Region 0: 16M at c0000000, Region 1: 132G at 380000000000",
-        "pass  nvidia-smi: driver 580.159.04, NVIDIA A100 80GB PCIe"]
+        "pass  nvidia-smi: driver 580.159.04, NVIDIA A100 80GB PCIe",
+        f"note: {standalone.NOTE.format(SOCKET)}"]
     listing, pulling, running = calls(here)[:3]
     assert listing == "image ls -q"
     assert pulling == "image pull docker.io/library/ubuntu:24.04"
-    assert running.startswith(
+    assert re.match(
         "run --rm --runtime /opt/kata/bin/containerd-shim-kata-v2 --runtime-config-path "
-        f"/{katatree.GO} --device /dev/vfio/192 docker.io/library/ubuntu:24.04 katagpu-smoke-")
+        r"/run/katagpu-smoke/katagpu-smoke-\d+\.toml --device /dev/vfio/192 "
+        r"docker\.io/library/ubuntu:24\.04 katagpu-smoke-", running)
+
+
+def test_ctr_s_container_is_in_no_pod_that_a_kubelet_knows(node: Node) -> None:
+    """Kata would ask it with an empty name, and end: a copy of the configuration does not ask."""
+    here = node(answer())
+    here("configure", "--yes")
+    before = here.tree.snapshot()
+    assert here("smoke", "--yes").status == 0
+    copy = tomllib.loads((here.tree.root / "config").read_text())
+    assert copy["runtime"]["pod_resource_api_sock"] == ""
+    seen = tomllib.loads((here.tree.root / katatree.GO).read_text())
+    assert set(seen["runtime"]) <= set(copy["runtime"])
+    assert copy["hypervisor"]["qemu"]["kernel"].startswith(f"/{katatree.HOME}/toy-1.0.0/")
+    assert copy["hypervisor"]["qemu"]["pcie_root_port"] == 1  # drop-ins are in it
+    after = here.tree.snapshot()
+    assert {name for name in after if before.get(name) != after[name]} == {"calls", "config"}
+
+
+@pytest.mark.parametrize("mine", [
+    '[runtime]\npod_resource_api_sock = ""', '[hypervisor.qemu]\ncold_plug_vfio = "no-port"'])
+def test_where_kata_asks_no_kubelet_its_own_configuration_is_used(node: Node, mine: str) -> None:
+    here = node(answer())
+    here.tree.file(f"{katatree.DROP_INS}/60-mine.toml", mine + "\n")
+    said = here("smoke", "--yes", "--json")
+    assert said.status == 0 and said.data["notes"] == []
+    assert f"--runtime-config-path /{katatree.GO} " in calls(here)[2]
 
 
 @pytest.mark.parametrize(("changes", "step", "reason"), [
@@ -129,6 +164,9 @@ def test_each_step_fails_with_a_reason(node: Node, changes: dict[str, object], s
      "directory", "snippets containerd"),
     ('ctr: failed to create shim task: stat /opt/kata/share/x/vmlinuz-6.12: no such file or '
      "directory", "katagpu-install.pyz status"),
+    ("ctr: failed to create shim task: device cold plug failed: cold plug: GetPodResources failed "
+     "for pod() in namespace(): rpc error: code = Unknown desc = pod  not found", "snippets ctr"),
+    ("cold plug: missing annotation io.kubernetes.cri.sandbox-name", "asks the kubelet"),
     ("Number of PCIe Root Ports exceeed allowed max of 16", "katagpu host configure"),
     ('ctr: failed to resolve reference "docker.io/library/ubuntu:24.04"', "--image"),
     ("ctr: failed to dial \"/run/containerd/containerd.sock\": connect: permission denied", "sudo"),
@@ -226,10 +264,22 @@ def test_nerdctl(node: Node) -> None:
     assert "--runtime io.containerd.kata.v2 --device /dev/vfio/192" in running
 
 
+def test_nerdctl_where_kata_s_defaults_ask_the_kubelet(node: Node) -> None:
+    here = node(answer(), program="nerdctl")
+    place = here.tree.root / katatree.DEFAULTS / "configuration.toml"
+    here.tree.link(place, here.tree.root / katatree.GO)
+    said = here("smoke", "--yes")
+    assert said.status == 1 and "asks the kubelet" in said.err and "--with ctr" in said.err
+    assert not (here.tree.root / "calls").exists()
+    here.tree.file(f"{katatree.DROP_INS}/{standalone.LAST}",
+                   '[runtime]\npod_resource_api_sock = ""\n')  # as the error says
+    assert here("smoke", "--yes").status == 0
+
+
 CRICTL = r"""
 printf '%s\n' "$*" >> "$KATAGPU_HOST_ROOT/calls"
 case $1 in
-  images) echo '{}';;
+  images) cat "$KATAGPU_HOST_ROOT/images" 2> /dev/null || echo '{}';;
   runp) cat "$KATAGPU_HOST_ROOT/run/katagpu-smoke/pod.json" > "$KATAGPU_HOST_ROOT/pod"; echo POD;;
   create) cat "$KATAGPU_HOST_ROOT/run/katagpu-smoke/container.json" > "$KATAGPU_HOST_ROOT/made"
           echo NAME;;
@@ -241,9 +291,17 @@ esac
 """
 
 
+def plugged_hot(root: Path) -> Tree:
+    """The same; the GPU is plugged with the container, and not with its pod."""
+    tree = ready(root)
+    tree.file(f"{katatree.DROP_INS}/60-mine.toml",
+              '[hypervisor.qemu]\ncold_plug_vfio = "no-port"\nhot_plug_vfio = "root-port"\n')
+    return tree
+
+
 def test_crictl(host: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers, "POLL", 0.01)
-    here = host(ready, crictl=CRICTL)
+    here = host(plugged_hot, crictl=CRICTL)
     here.tree.file("said", answer())
     said = here("smoke", "--yes", "--with", "crictl")
     assert said.status == 0, said.out + said.err
@@ -256,8 +314,30 @@ def test_crictl(host: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list((here.tree.root / "run/katagpu-smoke").iterdir())
 
 
+@pytest.mark.parametrize(("names", "pulls"), [
+    ({"repoTags": ["docker.io/library/ubuntu:24.04"]}, False),
+    ({"repoTags": None, "repoDigests": ["docker.io/library/ubuntu@sha256:00"]}, True)])
+def test_crictl_pulls_what_is_not_there(host: Make, monkeypatch: pytest.MonkeyPatch,
+                                        names: dict[str, object], pulls: bool) -> None:
+    monkeypatch.setattr(containers, "POLL", 0.01)
+    here = host(plugged_hot, crictl=CRICTL)
+    here.tree.file("said", answer())
+    here.tree.file("images", json.dumps({"images": [{"id": "sha256:1", **names}]}))
+    assert here("smoke", "--yes").status == 0
+    assert ("pull docker.io/library/ubuntu:24.04" in calls(here)) is pulls
+
+
+def test_crictl_gives_no_gpu_to_a_sandbox(host: Make) -> None:
+    """Kata plugs it with the sandbox, and crictl has the device in the container's request."""
+    here = host(ready, crictl=CRICTL)
+    said = here("smoke", "--yes")
+    assert said.status == 1 and "--plug hot" in said.err and "cold_plug_vfio" in said.err
+    assert not (here.tree.root / "calls").exists()
+
+
 def test_crictl_cleans_up_when_a_step_fails(host: Make) -> None:
-    here = host(ready, crictl=CRICTL.replace("echo NAME;;", "echo 'no such device' >&2; exit 1;;"))
+    here = host(plugged_hot, crictl=CRICTL.replace(
+        "echo NAME;;", "echo 'no such device' >&2; exit 1;;"))
     said = here("smoke", "--yes")
     assert said.status == 1 and "no such device" in said.out
     assert [line.split()[0] for line in calls(here)][-2:] == ["stopp", "rmp"]
@@ -265,7 +345,17 @@ def test_crictl_cleans_up_when_a_step_fails(host: Make) -> None:
 
 @pytest.mark.parametrize("program", containers.PROGRAMS)
 def test_a_dry_run_starts_nothing(host: Make, program: str) -> None:
-    here = host(ready, **{program: "touch \"$KATAGPU_HOST_ROOT/started\""})
+    build = plugged_hot if program == "crictl" else ready
+    here = host(build, **{program: "touch \"$KATAGPU_HOST_ROOT/started\""})
+    before = here.tree.snapshot()
     said = here("smoke", "--dry-run")
     assert said.status == 0 and program in said.out and "/dev/vfio/192" in said.out
+    lines = said.out.splitlines()
+    if program == "ctr":
+        assert "    pod_resource_api_sock = \"\"" in lines
+        assert any(line.startswith("rm -f /run/katagpu-smoke/") for line in lines)
+    if program == "crictl":
+        verbs = [line.split()[1] for line in lines if line.startswith("crictl ")]
+        assert verbs == ["pull", "runp", "create", "start", "logs", "stopp", "rmp"]
+    assert here.tree.snapshot() == before
     assert not (here.tree.root / "started").exists()

@@ -78,6 +78,7 @@ def test_types_of_a_card_before_ampere(card: Cards) -> None:
 @pytest.mark.parametrize(("build", "changes", "word"), [
     (vgpuhost.card, {}, f"katagpu host vgpu enable {PF}"),
     (vgpuhost.card, {"total": 0}, "-vgpu-kvm.run"),
+    (vgpuhost.card, {"total": 16, "ids": "10de:1eb8"}, "-vgpu-kvm.run"),  # a T4 has SR-IOV too
     (vgpuhost.card, {"driver": "vfio-pci"}, f"katagpu host unbind {PF}")])
 def test_why_there_is_none(card: Cards, build: Any, changes: dict[str, Any], word: str) -> None:
     assert word in card(lambda root: build(root, **changes))("vgpu", "list").out
@@ -127,12 +128,30 @@ def test_virtual_functions_by_sriov_manage(card: Cards) -> None:
 
 
 @pytest.mark.parametrize(("script", "word"), [
-    ("exit 0", "has no virtual function afterwards"),
+    ("exit 0", "has no virtual function afterwards, and not 3"),
     ("echo 'sriov-manage: GPU busy' >&2; exit 1", "GPU busy")])
 def test_sriov_manage_that_fails(card: Cards, script: str, word: str) -> None:
     here = card(managed)
     here.tree.file(vgpu.SRIOV_MANAGE, f"#!/bin/sh\n{script}\n")
     refused(here, word, "enable", PF)
+
+
+def test_sriov_manage_that_fails_half_way(card: Cards) -> None:
+    """It has enabled one function of three: that one is taken back."""
+    here = card(managed)
+    here.tree.file(vgpu.SRIOV_MANAGE, SRIOV_MANAGE.replace(
+        "for each in off-*;", "for each in off-virtfn0;").replace("esac", "esac\n[ $1 = -d ]"))
+    said = here("vgpu", "enable", PF, "--yes")
+    assert said.status == 1 and f"undone by: {vgpu.SRIOV_MANAGE} -d {PF}" in said.err
+    assert not list(here.tree.paths[PF].glob("virtfn*"))
+
+
+def test_sriov_manage_that_makes_too_few(card: Cards) -> None:
+    here = card(managed)
+    here.tree.file(vgpu.SRIOV_MANAGE, SRIOV_MANAGE.replace("off-*", "off-virtfn0"))
+    said = here("vgpu", "enable", PF, "--yes")
+    assert said.status == 1 and "has 1 virtual function afterwards, and not 3" in said.err
+    assert "undone by" in said.err and not list(here.tree.paths[PF].glob("virtfn*"))
 
 
 def test_a_refusal_of_the_kernel(card: Cards) -> None:
@@ -151,7 +170,8 @@ def test_a_kernel_that_makes_none(card: Cards) -> None:
 
 
 @pytest.mark.parametrize(("changes", "word"), [
-    ({"driver": "vfio-pci"}, "is bound to vfio-pci"), ({"total": 0}, "has no SR-IOV")])
+    ({"driver": "vfio-pci"}, "is bound to vfio-pci"), ({"total": 0}, "has no SR-IOV"),
+    ({"ids": "10de:1eb8"}, "is Turing: its vGPU types are on the card itself")])
 def test_cards_that_have_none_to_enable(card: Cards, changes: dict[str, Any], word: str) -> None:
     refused(card(lambda root: vgpuhost.card(root, **changes)), word, "enable", PF)
 
@@ -285,6 +305,21 @@ def test_a_dry_run_writes_nothing(card: Cards) -> None:
     assert said.out == (f"echo {UUID} > /sys/bus/pci/devices/{VF}/mdev_supported_types/nvidia-692/"
                         "create\n")
     assert here.kernel.written == []
+
+
+@pytest.mark.parametrize(("build", "words"), [
+    (vgpuhost.card, ("enable", PF)), (vgpuhost.vendor, ("disable", PF)),
+    (vgpuhost.vendor, ("create", VF, "1428")), (vgpuhost.vendor, ("remove", "0000:41:00.5"))])
+def test_a_dry_run_says_nothing_of_a_result(card: Cards, build: Any,
+                                            words: tuple[str, ...]) -> None:
+    here = card(build)
+    if words[0] == "remove":
+        assert here("vgpu", "create", words[1], "1428", "--yes").status == 0
+    said = here("vgpu", *words, "--dry-run")
+    assert said.status == 0
+    (line,) = said.out.splitlines()
+    assert line.startswith("echo ")
+    assert set(here("vgpu", *words, "--dry-run", "--json").data) - {"notes"} == {"dry_run"}
 
 
 def test_without_a_word_nothing_is_written(card: Cards) -> None:

@@ -83,11 +83,11 @@ class Manager(Kernel):
             self.tree.functions(physical, 4, count, group=30, files=hosttree.mdev_types(TYPES))
 
 
-def card(root: Path, total: int = COUNT, driver: str = "nvidia") -> Tree:
+def card(root: Path, total: int = COUNT, driver: str = "nvidia", ids: str = "10de:20b5") -> Tree:
     """An A100 whose virtual functions are off."""
     tree = Tree(root)
     tree.add(Device("0000:40:01.0", "8086:347a", hosttree.BRIDGE, driver="pcieport", group=26))
-    tree.add(Device(PF, "10de:20b5", bars=hosttree.bars(0x222800000000, 128 << 30), group=27,
+    tree.add(Device(PF, ids, bars=hosttree.bars(0x222800000000, 128 << 30), group=27,
                     above="0000:40:01.0", total_vfs=total, driver=driver))
     return tree
 
