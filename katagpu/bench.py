@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from katagpu import artifacts, log, recipe, sandbox, vary
+from katagpu import artifacts, log, parameters, recipe, sandbox, vary
 from katagpu.errors import StepError
 from katagpu.sandbox import Bind
 from katagpu.schema import KernelModule
@@ -166,7 +166,7 @@ def main(context: Context) -> None:
     assert image is not None, "build_image ran before"
     sizes = json.loads(context.store.blob(image.outputs["sizes"].blob).read_bytes())
     print_lines(size_lines(image.outputs["image"].size, sizes))
-    if context.values.get("all", "0") != "0":
+    if parameters.flag(context.values, "all"):
         _changes(context)
         _kernel(context)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from katagpu import log, tasks
+from katagpu import log, parameters, tasks
 from katagpu.errors import StepError, UserError
 from katagpu.tasks import ROOT, Task
 
@@ -136,7 +136,7 @@ def publish() -> Task:
                             hint="./doitw release version=X.Y.Z")
         version = layout.version(context.values.get("version") or versions[-1])
         publishing.publish(_top() / f"{recipe}-{version}", to,
-                           licensed=context.values.get("licensed", "0") != "0")
+                           licensed=parameters.flag(context.values, "licensed"))
 
     return tasks.plain(push, "publish a release: to=oci://REGISTRY/REPOSITORY:TAG, or to=DIRECTORY")
 
@@ -155,10 +155,13 @@ def install() -> Task:
                 sys.stdout.write(line + "\n")
         else:
             key = context.values.get("key")
+            unverified = parameters.flag(context.values, "unverified")
+            if key and unverified:
+                raise UserError("key= and unverified=1 are given, and only one can be meant",
+                                hint="key= alone verifies the release by that key")
             installing.install(
                 _needed(context, "from", "a release's directory, or oci://REGISTRY/REPOSITORY:TAG"),
-                host, key=Path(key) if key else None,
-                unverified=context.values.get("unverified", "0") != "0")
+                host, key=Path(key) if key else None, unverified=unverified)
 
     return tasks.plain(
         place, "install a release on a host that runs Kata: from=… key=PUBLIC.pem (prefix=/)",

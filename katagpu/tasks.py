@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from katagpu import log
+from katagpu import log, parameters
 from katagpu.errors import KatagpuError, Status, StepError, UserError
 from katagpu.run import die_cleanly_on_signals
 
@@ -286,20 +286,17 @@ def diff() -> Task:
         builds = [finished.read(*finished.find(place, ROOT, context.recipe.name))
                   for place in places]
         found = compare.compare(*builds)
-        if _is_set(context, "json"):
+        if parameters.flag(context.values, "json"):
             import json
 
             sys.stdout.write(json.dumps(compare.as_json(found), indent=1) + "\n")
             return
-        for line in compare_text.text(found, everything=_is_set(context, "all")):
+        everything = parameters.flag(context.values, "all")
+        for line in compare_text.text(found, everything=everything):
             sys.stdout.write(line + "\n")
 
     return plain(show, "say what differs between two builds: diff A B (all=1: all; json=1)",
                  pos_arg="places")
-
-
-def _is_set(context: Context, name: str) -> bool:
-    return context.values.get(name, "0") != "0"
 
 
 def cache() -> Iterator[Task]:
@@ -342,7 +339,7 @@ def test() -> Task:
     def run() -> None:
         from katagpu import hostsetup
 
-        everything = _is_set(_context(), "all")
+        everything = parameters.flag(_context().values, "all")
         hostsetup.ensure_tests()
         log.say("> the test suite" + (", with the long tests" if everything else ""))
         chosen = [] if everything else ["-m", "not slow"]

@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from katagpu import log, run
+from katagpu import log, parameters, run
 from katagpu.errors import UserError
 from katagpu.plan import Plan
 from katagpu.schema import Recipe
@@ -43,7 +43,7 @@ def check(root: Path, recipe: Recipe, values: Mapping[str, str],
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise UserError(f"the repository has changes that are not committed: {shown}{more}",
                         hint="commit or remove them (git status)")
-    if recipe.agent is None and values.get("no_agent", "0") == "0":
+    if recipe.agent is None and not parameters.flag(values, "no_agent"):
         raise UserError(f"{recipe.name} has no kata-agent: Kata cannot use this guest",
                         hint="name one in the recipe's `agent:`; no_agent=1 releases it without")
     return commit

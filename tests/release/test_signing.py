@@ -57,6 +57,8 @@ def test_who_signs_is_said_once(keys: Keys, tmp_path: Path) -> None:
     assert signing.choose({"unsigned": "1"}, tmp_path) is None
     with pytest.raises(UserError, match="Nothing is said"):
         signing.choose({"unsigned": "0"}, tmp_path)
+    with pytest.raises(UserError, match="unsigned=no: this is neither 0 nor 1"):
+        signing.choose({"unsigned": "no"}, tmp_path)
     with pytest.raises(UserError, match="key and unsigned are given"):
         signing.choose({"unsigned": "1", "key": str(keys.private)}, tmp_path)
 
