@@ -43,7 +43,7 @@ def release() -> Task:
         values = context.values
         version = layout.version(_needed(context, "version", "X.Y.Z"))
         commit = preflight.check(ROOT, context.recipe, values, context.environment)
-        signer = signing.choose(values, ROOT)
+        signer = signing.choose(values, parameters.caller())
         log.say(f"> {context.recipe.name} has to pass its boot check")
         tasks.call(["python", "-m", "katagpu", f"recipe={context.recipe.name}", "ccache=0",
                     "boot_check"], "there is no release of a guest that fails")
@@ -135,7 +135,7 @@ def publish() -> Task:
             raise UserError(f"there is no release of {recipe} in {os.path.relpath(_top())}",
                             hint="./doitw release version=X.Y.Z")
         version = layout.version(context.values.get("version") or versions[-1])
-        publishing.publish(_top() / f"{recipe}-{version}", to,
+        publishing.publish(_top() / f"{recipe}-{version}", parameters.place(to),
                            licensed=parameters.flag(context.values, "licensed"))
 
     return tasks.plain(push, "publish a release: to=oci://REGISTRY/REPOSITORY:TAG, or to=DIRECTORY")
@@ -160,8 +160,9 @@ def install() -> Task:
                 raise UserError("key= and unverified=1 are given, and only one can be meant",
                                 hint="key= alone verifies the release by that key")
             installing.install(
-                _needed(context, "from", "a release's directory, or oci://REGISTRY/REPOSITORY:TAG"),
-                host, key=Path(key) if key else None, unverified=unverified)
+                parameters.place(_needed(
+                    context, "from", "a release's directory, or oci://REGISTRY/REPOSITORY:TAG")),
+                host, key=parameters.path(key) if key else None, unverified=unverified)
 
     return tasks.plain(
         place, "install a release on a host that runs Kata: from=… key=PUBLIC.pem (prefix=/)",
@@ -184,7 +185,7 @@ def uninstall() -> Task:
 def _host() -> Host:
     from katagpu.release.host import Host
 
-    return Host(Path(_context().values.get("prefix", "/")).absolute())
+    return Host(parameters.path(_context().values.get("prefix", "/")))
 
 
 def _needed(context: Context, name: str, what: str) -> str:

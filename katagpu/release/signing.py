@@ -87,6 +87,8 @@ class CommandSigner:
 
 def choose(values: Mapping[str, str], root: Path) -> Signer | None:
     """The signer of a command line; None where the release shall be unsigned. Raises `UserError`.
+
+    Relative paths start at `root`.
     """
     chosen = [name for name in ("key", "signer") if values.get(name)]
     if parameters.flag(values, "unsigned"):
@@ -99,7 +101,7 @@ def choose(values: Mapping[str, str], root: Path) -> Signer | None:
         return None
     if chosen[0] == "signer":
         return CommandSigner(values["signer"], root)
-    return load(root / values["key"])
+    return load(parameters.path(values["key"], root))
 
 
 def load(path: Path) -> KeySigner:
