@@ -149,7 +149,17 @@ CASES = [
      "distribution.keyring: there is no file", "repository's root"),
     ("id: debian", "id: fedora", "distribution.id: 'fedora' is not valid", "known: debian, ubuntu"),
     ("arch: x86_64", "on: x86_64", "'on' cannot be the name of a field", ""),
+    ("agent: null", 'boot_check: {device: "abcd"}', "boot_check.device: which chip abcd has is not "
+     "known", "`boot0` and `boot42`, or one of 20b7, "),
+    ("agent: null", 'boot_check: {device: "abcd", boot0: "1b2000a1"}',
+     "boot_check.device: which chip abcd has", "20b7"),
 ]
+
+
+def test_a_boot_check_s_device_with_its_registers(root: Path) -> None:
+    change(root, "agent: null",
+           'boot_check: {device: "abcd", boot0: "1b2000a1", boot42: "1b2a1000"}')
+    assert load("debian-trixie", root).boot_check.device == "abcd"
 
 
 def test_another_version_of_a_runfile(root: Path) -> None:
