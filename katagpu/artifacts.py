@@ -54,7 +54,7 @@ def refusal(recipe: Recipe, task: str) -> UserError | None:
     if task != "build_initrd" or not layers.split(recipe):
         return None
     return UserError(
-        "build_initrd: with `image: {model: extension}` the driver is on a disk of its own: an "
+        "with `image: {model: extension}` the driver is on a disk of its own: an "
         "initrd of the base would have none, and no Kata configuration fits it",
         hint="./doitw build_image, or `image: {model: single}` in the recipe")
 

@@ -107,17 +107,16 @@ def pieces(context: Context) -> Iterator[Piece]:
 def reproduce() -> Task:
     """Build twice, and compare."""
 
-    def compare() -> None:
+    def compare(context: Context) -> None:
         from katagpu import reproduce
 
-        context = _context()
         stages = [name for task in reproduce.TASKS for name in tasks.STAGES[task]
                   if name in context.plan.stages]
         result = reproduce.reproduce(context, list(dict.fromkeys(stages)))
         log.say(f"every output is the same in both builds: {os.path.relpath(result)}")
 
-    return tasks.plain(compare, "build twice with everything varied, and compare every output",
-                       task_dep=["_lock"])
+    return tasks.of_one("reproduce", compare,
+                        "build twice with everything varied, and compare every output", "_lock")
 
 
 def publish() -> Task:

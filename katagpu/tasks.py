@@ -236,13 +236,21 @@ def boot_check() -> Task:
 def boot_shell() -> Task:
     """Boot what was built, for a person."""
 
-    def show() -> None:
-        if _guests().all:
-            raise UserError("boot_shell boots one guest", hint="boot_shell driver=VERSION")
-        _context().booting.shell()
+    return of_one("boot_shell", lambda context: context.booting.shell(),
+                  "boot the guest as boot_check does, with a shell on this terminal", DEFAULT)
 
-    return plain(show, "boot the guest as boot_check does, with a shell on this terminal",
-                 task_dep=[DEFAULT])
+
+def of_one(name: str, function: Callable[[Context], None], doc: str, *needs: str) -> Task:
+    """A task of one guest. With driver=all it only refuses: nothing is built for that."""
+
+    def refuse() -> None:
+        first = f"recipe={_context().recipe.name} " if "recipe" in _context().values else ""
+        raise UserError("this is done with one guest, and driver=all are several",
+                        hint=f"./doitw {first}driver=VERSION {name}")
+
+    if _guests().all:
+        return plain(refuse, doc)
+    return plain(lambda: function(_context()), doc, task_dep=list(needs))
 
 
 def setup() -> Task:
@@ -280,7 +288,7 @@ def diff() -> Task:
 
         if len(places) != 2:
             there = ", ".join(finished.builds(ROOT)) or "none; ./doitw build_image makes one"
-            raise UserError(f"diff compares two builds, and here are {len(places)}: "
+            raise UserError(f"two builds are compared, and here are {len(places)}: "
                             "./doitw diff A B", hint=f"builds below out/: {there}")
         context = _context()
         builds = [finished.read(*finished.find(place, ROOT, context.recipe.name))
@@ -303,24 +311,23 @@ def cache() -> Iterator[Task]:
     """The store's own tasks."""
     from katagpu import storetasks
 
-    yield {"basename": "cache", "name": None, "doc": "care of the store: list, verify, gc"}
     for name, function, doc in storetasks.TASKS:
         yield {**plain(lambda function=function: function(_context()), doc),
-               "name": name}
+               "basename": f"cache:{name}"}
+    yield {"basename": "cache", "actions": None, "task_dep": ["cache:list"],
+           "doc": "the same as cache:list; what changes the store has to be asked for"}
 
 
 def bench() -> Task:
     """Measure."""
 
-    def measure() -> None:
+    def measure(context: Context) -> None:
         from katagpu import bench
 
-        if _guests().all:
-            raise UserError("bench measures one guest", hint="bench driver=VERSION")
-        bench.main(_context())
+        bench.main(context)
 
-    return plain(measure, "measure: no-op, restore, stages, image size (all=1: changes, kernel)",
-                 task_dep=[DEFAULT])
+    return of_one("bench", measure,
+                  "measure: no-op, restore, stages, image size (all=1: changes, kernel)", DEFAULT)
 
 
 def program(*argv: str, doc: str) -> Task:

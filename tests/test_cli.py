@@ -234,7 +234,7 @@ def test_diff(toy: ToyRepository) -> None:
 
 
 @pytest.mark.parametrize(("argv", "said"), [
-    ([], "diff compares two builds, and here are 0"),
+    ([], "error: diff: two builds are compared, and here are 0"),
     (["550.163.01"], "builds below out/: debian-trixie/550.163.01"),
     (["550.163.01"] * 3, "here are 3"),
     (["550.163.01", "535"], "there is no build '535'"),
@@ -327,7 +327,8 @@ def test_an_initrd_of_a_guest_whose_driver_has_a_disk_is_refused(built: ToyRepos
         status, _out, err = built.run(*argv)
         assert status == 1, err
         assert err.count("error: ") == 1 and "Traceback" not in err
-        assert "the driver is on a disk of its own" in err
+        assert ": with `image: {model: extension}` the driver is on a disk of its own" in err
+        assert "build_initrd: build_initrd" not in err
         assert "hint: ./doitw build_image, or `image: {model: single}`" in err
     assert built.made() == []
     assert "build_initrd" in built.run("list")[1]
@@ -338,6 +339,15 @@ def test_an_initrd_of_a_guest_whose_driver_has_a_disk_is_refused(built: ToyRepos
 
 
 # care of the store
+
+
+def test_cache_alone_changes_nothing(built: ToyRepository) -> None:
+    status, out, err = built.run("cache", KATAGPU_STORE_SIZE="0")
+    assert (status, err) == (0, "")
+    listed = built.run("cache:list", KATAGPU_STORE_SIZE="0")[1]
+    assert out.splitlines()[-1] == listed.splitlines()[-1]
+    assert built.run()[0] == 0
+    assert built.made() == []
 
 
 def test_cache_tasks(built: ToyRepository) -> None:
