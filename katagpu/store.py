@@ -29,8 +29,8 @@ import msgspec
 from katagpu import log
 from katagpu.errors import CorruptBlob, StepError, UserError
 from katagpu.files import clone_or_copy as clone_or_copy
+from katagpu.files import make_directories, tree_size
 from katagpu.files import sync as sync
-from katagpu.files import tree_size
 from katagpu.files import writing as writing
 from katagpu.keys import file_digest, readable_digest
 
@@ -87,9 +87,8 @@ class Store:
         if any(letter.isspace() for letter in str(self.root)):
             raise UserError(f"the store {str(self.root)!r} has a blank in its path, which an apt "
                             "source cannot have", hint="set KATAGPU_STORE to a path without one")
+        make_directories(self.root, DIRECTORIES)
         with writing(self.root):
-            for name in DIRECTORIES:
-                (self.root / name).mkdir(parents=True, exist_ok=True)
             tag = self.root / "CACHEDIR.TAG"
             if not tag.exists():
                 tag.write_text(TAG)

@@ -74,7 +74,8 @@ def collect(context: Context) -> None:
 def _limit() -> int:
     text = os.environ.get("KATAGPU_STORE_SIZE", str(DEFAULT_LIMIT))
     if not text.isdecimal():
-        raise UserError(f"KATAGPU_STORE_SIZE={text} is not a number of bytes")
+        raise UserError(f"KATAGPU_STORE_SIZE={text} is not a number of bytes",
+                        hint=f"digits alone, for example KATAGPU_STORE_SIZE={DEFAULT_LIMIT}")
     return int(text)
 
 

@@ -371,7 +371,7 @@ def test_cache_tasks(built: ToyRepository) -> None:
     assert sorted(built.made()) == ALL
     status, _out, err = built.run("cache:gc", KATAGPU_STORE_SIZE="much")
     assert status == 1
-    assert "not a number of bytes" in err
+    assert "not a number of bytes" in err and "KATAGPU_STORE_SIZE=20000000000" in err
 
 
 def test_a_task_without_results_asks_the_store(toy: ToyRepository) -> None:

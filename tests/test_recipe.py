@@ -77,6 +77,20 @@ def test_unknown_recipe(root: Path) -> None:
     assert "did you mean 'debian-trixie'?" in str(caught.value)
     with pytest.raises(UserError, match="no recipe"):
         load("../recipes/debian-trixie", root)
+    with pytest.raises(UserError) as caught:
+        load("NOPE", root)
+    assert str(caught.value).count("debian-trixie") == 1
+    assert "NAME.yaml" in str(caught.value.hint)
+
+
+def test_a_recipe_that_cannot_be_read(root: Path) -> None:
+    (root / "recipes/place.yaml").mkdir()
+    (root / "recipes/odd.yaml").write_bytes(b"name: odd\nb: \xff\n")
+    for name, said, cure in (("place", "cannot read .*place.yaml: Is a directory", "a file"),
+                             ("odd", r"odd\.yaml:2: not UTF-8 \(byte 13\)", "save it as UTF-8")):
+        with pytest.raises(UserError, match=said) as caught:
+            load(name, root)
+        assert cure in str(caught.value.hint)
 
 
 RUNFILE = 'driver:\n  source: debian\n  version: "550.163.01"'
