@@ -5,6 +5,7 @@ from katagpu import locktasks, releasetasks, tasks
 DOIT_CONFIG = tasks.config()
 task_stages = tasks.stage_tasks
 task_setup = tasks.setup
+task_host = tasks.host
 task_lock = locktasks.lock
 task_fetch = locktasks.fetch
 task_why = tasks.why

@@ -33,9 +33,8 @@ def lock() -> Task:
 
     return plain(resolve, "resolve into recipes/NAME.lock (--update PART; draft=1: under out/)",
                  task_dep=["_host"], params=[{
-                     "name": "update", "long": "update", "default": "", "help": (
-                         "move these parts only (driver, kernel, base, toolkit, tools, agent …, "
-                         "with commas)")}])
+                     "name": "update", "long": "update", "default": "", "metavar": "PART",
+                     "help": "the same as update=PART"}])
 
 
 def _resolve() -> None:

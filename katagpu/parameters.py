@@ -25,42 +25,46 @@ class Parameter:
     what: str
 
 
-EVERY = (
+GUEST = (
     Parameter(name="recipe", value="NAME", what="the guest of recipes/NAME.yaml (debian-trixie)"),
     Parameter(name="driver", value="VERSION",
               what="with another driver; driver=all: with each that the recipe lists"),
 )
-"""What every task takes."""
-BUILD = (Parameter(name="ccache", value="0",
-                   what="compile without ccache, also what was compiled through it before"),)
+"""What every task admits: each run loads the guest that they choose."""
+BUILD = (*GUEST, Parameter(
+    name="ccache", value="0", what="compile without ccache, also what went through it before"))
 PREFIX = Parameter(name="prefix", value="/", what="the root directory of the host")
-VERSION = Parameter(name="version", value="X.Y.Z", what="the release's version")
 TASKS: Mapping[str, tuple[Parameter, ...]] = {
     **dict.fromkeys(("build_kernel", "build_headers", "build_rootfs", "install_driver",
                      "install_toolkit", "build_initrd", "build_image", "boot_check", "boot_shell",
                      "why", "fetch"), BUILD),
-    **dict.fromkeys(("setup", "lint", "fmt", "cache", "cache:list", "cache:verify", "cache:gc"),
-                    ()),
+    **dict.fromkeys(("setup", "lint", "fmt", "host", "cache", "cache:list", "cache:verify",
+                     "cache:gc"), ()),
     "lock": (
+        *GUEST,
         Parameter(name="update", value="PART", what=(
             "move these parts only (driver, kernel, base, toolkit, tools, agent …, with commas)")),
         Parameter(name="draft", value="1", what="resolve under out/, and not to be committed")),
-    "diff": (Parameter(name="all", value="1", what="all of each list"),
+    "diff": (GUEST[0],
+             Parameter(name="all", value="1", what="all of each list"),
              Parameter(name="json", value="1", what="all of it as JSON")),
     "test": (Parameter(name="all", value="1", what="the long tests too"),),
     "bench": (*BUILD, Parameter(name="all", value="1",
                                 what="also what has to be built; the kernel four times")),
     "reproduce": (
+        *GUEST,
         Parameter(name="place", value="DIRECTORY", what="build there instead of in the store"),
         Parameter(name="diffoscope", value="PROGRAM", what="what shows where files differ")),
     "release": (
-        VERSION,
+        GUEST[0],
+        Parameter(name="version", value="X.Y.Z", what="the release's version"),
         Parameter(name="key", value="PRIVATE.pem", what="sign with this key (Ed25519, P-256)"),
         Parameter(name="signer", value='"COMMAND"',
                   what="sign with a command: bytes on stdin, the raw signature on stdout"),
         Parameter(name="unsigned", value="1", what="sign nothing"),
         Parameter(name="no_agent", value="1", what="release a guest without kata-agent")),
     "publish": (
+        GUEST[0],
         Parameter(name="to", value="oci://REGISTRY/REPOSITORY:TAG",
                   what="where to; or to=DIRECTORY"),
         Parameter(name="version", value="X.Y.Z", what="another release than the latest"),
@@ -74,9 +78,9 @@ TASKS: Mapping[str, tuple[Parameter, ...]] = {
         PREFIX),
     "uninstall": (PREFIX,),
 }
-"""What each public task takes beside that."""
+"""The public tasks, and what each takes."""
 ALL: Mapping[str, Parameter] = {
-    one.name: one for taken in (EVERY, *TASKS.values()) for one in taken}
+    one.name: one for taken in TASKS.values() for one in taken}
 FLAGS = frozenset(name for name, one in ALL.items() if one.value in ("0", "1"))
 OF_THE_ENVIRONMENT = ("EXTRA_PKGS", "KATAGPU_")
 
@@ -104,19 +108,14 @@ def check(values: Mapping[str, str]) -> None:
             flag(values, name)
 
 
-def taken(task: str) -> tuple[Parameter, ...]:
-    """The parameters of a public task."""
-    return (*TASKS.get(task, ()), *EVERY)
-
-
 def unread(values: Mapping[str, str], tasks: Iterable[str]) -> UserError | None:
     """Why a parameter does not go with these tasks, of which none reads it; None where all do."""
     asked = list(tasks)
-    read = {one.name for task in asked for one in taken(task)}
+    read = {one.name for taken in (GUEST, *(TASKS[task] for task in asked)) for one in taken}
     for name in sorted(set(values) & set(ALL) - read):
         readers = [task for task, own in TASKS.items() if name in {one.name for one in own}]
-        return UserError(f"{' and '.join(asked)} would not read {name}=",
-                         hint=f"leave it out; it is a parameter of {', '.join(readers)}")
+        return UserError(f"{name}= is no parameter of {' or '.join(asked)}",
+                         hint=f"leave it out; it is one of {', '.join(readers)}")
     return None
 
 

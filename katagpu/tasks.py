@@ -260,6 +260,17 @@ def setup() -> Task:
     return plain(hostsetup.setup, "install the few packages that the build host needs")
 
 
+def host() -> Task:
+    """A name in `list` and `help`: the command itself needs no tasks (`__main__`)."""
+
+    def refuse(words: list[str]) -> None:
+        raise UserError("its commands are no tasks, and take no parameters",
+                        hint=f"./doitw host {' '.join(words) or '--help'}")
+
+    return plain(refuse, "what makes a host's GPUs ready for Kata: ./doitw host --help",
+                 pos_arg="words")
+
+
 def why() -> Task:
     """Explain hits and misses."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from katagpu import parameters
 from tests import toybuild
 from tests.toyrepo import ToyRepository
 
@@ -68,11 +69,30 @@ def test_list_explains_each_task_in_one_line(toy: ToyRepository) -> None:
     assert not any(name.startswith("_") for name in lines)
 
 
-@pytest.mark.parametrize("argv", [["help"], ["help", "build_image"], ["help", "run"]])
-def test_help(toy: ToyRepository, argv: list[str]) -> None:
-    status, out, _err = toy.run(*argv)
-    assert status == 0
-    assert "doit" in out or "kernel, headers, image" in out
+@pytest.mark.parametrize(("argv", "said"), [
+    (["help"], "./doitw help TASK "), (["-h"], "./doitw help TASK "), (["--help"], "EXTRA_PKGS="),
+    (["help", "run"], "-n NUMBER "), (["list", "-h"], "--private"), (["help", "help"], "[TASK]"),
+    (["help", "build_image"], "everything: kernel, headers, image"),
+    (["recipe=debian-trixie", "build_image", "--help"], "  driver=VERSION "),
+    (["help", "release"], "  signer=\"COMMAND\" "), (["help", "publish"], "  licensed=1 "),
+    (["help", "install"], "  --rollback "), (["help", "lock"], "  --update=PART "),
+    (["help", "reproduce"], "  place=DIRECTORY "), (["help", "diff"], "[parameters] diff A B\n"),
+    (["help", "host"], "usage: ./doitw host"), (["help", "cache:gc"], "./doitw cache:gc\n"),
+])
+def test_help(toy: ToyRepository, argv: list[str], said: str) -> None:
+    status, out, err = toy.run(*argv)
+    assert (status, err) == (0, "")
+    assert said in out and "config:" not in out
+
+
+def test_each_public_task_is_in_the_table_of_parameters(toy: ToyRepository) -> None:
+    assert set(toy.run("list", "--quiet")[1].split()) == set(parameters.TASKS)
+
+
+def test_the_host_s_commands_are_no_tasks(toy: ToyRepository) -> None:
+    status, _out, err = toy.run("recipe=debian-trixie", "host", "check", "--json")
+    assert status == 1
+    assert "hint: ./doitw host check" in err
 
 
 def test_doit_itself_works_without_the_wrapper(toy: ToyRepository) -> None:

@@ -17,7 +17,7 @@ from tests.toyrepo import ToyRepository
 
 def test_the_table_names_each_task_and_each_parameter_once() -> None:
     for task, own in parameters.TASKS.items():
-        names = [one.name for one in parameters.taken(task)]
+        names = [one.name for one in own]
         assert len(set(names)) == len(names), task
         assert all(one.what and one.value for one in own)
     assert sorted(parameters.FLAGS) == ["all", "ccache", "draft", "json", "licensed", "no_agent",
@@ -44,6 +44,15 @@ def test_what_is_no_parameter() -> None:
     with pytest.raises(UserError, match="EXTRA_PKGS is no parameter") as front:
         parameters.check({"EXTRA_PKGS": "gcc make"})
     assert front.value.hint == 'it goes in front: EXTRA_PKGS="gcc make" ./doitw …'
+
+
+def test_a_parameter_goes_with_a_task_that_reads_it() -> None:
+    for values, tasks in (({"recipe": "x", "driver": "y"}, ["lint"]), ({"all": "1"}, ["test"]),
+                          ({"all": "1"}, ["lint", "test"]), ({"x": "1"}, ["lint"])):
+        assert parameters.unread(values, tasks) is None
+    found = parameters.unread({"key": "x", "to": "y"}, ["why"])
+    assert str(found) == ("key= is no parameter of why\n"
+                          "  hint: leave it out; it is one of release, install")
 
 
 # paths

@@ -40,6 +40,7 @@ LAYERS = (
     ("release", "host", "finished", "compare", "compare_text", "several", "relock", "supply",
      "reproduce", "sameness", "differences", "vary"),
     ("current", "storetasks", "tasks", "locktasks", "releasetasks", "bench"),
+    ("helptext",),
     ("commands",),
     ("__main__",),
 )
