@@ -340,7 +340,7 @@ class Context:
                     "runtime of its own; kernel and base are the same.")
         if self.recipe.agent is None:
             log.warn("no kata-agent in this image: it boots, but Kata cannot use it until the "
-                     "recipe's `agent:` names one (README, third step)")
+                     "recipe's `agent:` names one (README, \"A guest for production\")")
         if self.embedding is not None:
             log.warn("the client token is in this image: whoever can read it can take licences; "
                      "only you may read it here, and it must not be published")
