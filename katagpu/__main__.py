@@ -6,21 +6,19 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from pathlib import Path
 
-from katagpu import log, parameters, receipt
+from katagpu import log, receipt
 
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT = "build_image"
 
 
 def main(argv: list[str]) -> int:
     """Run a command line; its exit status (0, 1: the user can mend it, 2: a step failed)."""
     if argv[:1] == ["host"]:
         return _host(argv[1:])
-    said = receipt.nothing_to_do(ROOT, argv, DEFAULT)
+    said = receipt.nothing_to_do(ROOT, argv, receipt.DEFAULT)
     if said is None:
         from katagpu import commands
 
@@ -32,6 +30,9 @@ def main(argv: list[str]) -> int:
 
 def _host(words: list[str]) -> int:
     """The host's command line, which runs where it was typed."""
+    import shlex
+
+    from katagpu import parameters
     from katagpu.host import cli
 
     there = parameters.caller()

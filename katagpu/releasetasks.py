@@ -65,7 +65,7 @@ def order(context: Context, version: str, commit: str, signer: Signer | None) ->
 
     recipe, lock = context.recipe, context.locked()
     embed.refuse(context.directory)
-    if lock is None or context.booting.checked() is None or not context.complete("build_image"):
+    if lock is None or context.booting.checked() is None or not context.complete(tasks.DEFAULT):
         raise StepError("the build changed while it was released", hint="run it again")
     preflight.signed(context.plan, context.root, recipe)
     return assemble.Order(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from katagpu import log, parameters
 from katagpu.errors import KatagpuError, Status, StepError, UserError
+from katagpu.receipt import DEFAULT as DEFAULT
 from katagpu.run import die_cleanly_on_signals
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 Task = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT = "build_image"
 
 # Public tasks and the stages that they make.
 STAGES: Mapping[str, tuple[str, ...]] = {
@@ -279,7 +279,7 @@ def why() -> Task:
         said = set()
         for context in guests.contexts:
             labels = guests.labels(context)
-            for name in names or ["build_image"]:
+            for name in names or [DEFAULT]:
                 for line in context.explain(name, STAGES):
                     stage, colon, state = line.partition(":")
                     line = f"{labels.get(stage, stage)}{colon}{state}"
@@ -362,7 +362,7 @@ def test() -> Task:
         log.say("> the test suite" + (", with the long tests" if everything else ""))
         chosen = [] if everything else ["-m", "not slow"]
         call(["pytest", "-q", "tests", "--ignore=tests/default", *chosen], "the suite failed")
-        call(["python", "-m", "katagpu", "build_image"], "the default build failed")
+        call(["python", "-m", "katagpu", DEFAULT], "the default build failed")
         log.say("> the checks of the default guest, in virtual machines too")
         with _machines() as machines:
             call(["pytest", "-q", *ON_A_BUILD, *chosen], "the default guest's checks failed",
