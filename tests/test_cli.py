@@ -370,6 +370,13 @@ def test_cache_alone_changes_nothing(built: ToyRepository) -> None:
     assert built.made() == []
 
 
+def test_a_store_that_cannot_be_looked_into(toy: ToyRepository) -> None:
+    for task, said in (("cache:list", "cannot list the store"), ("cache:gc", "no store at")):
+        status, _out, err = toy.run(task, KATAGPU_STORE=f"/tmp/{'long' * 100}")
+        assert (status, "Traceback" in err) == (1, False)
+        assert said in err and "File name too long\n  hint: set KATAGPU_STORE" in err
+
+
 def test_cache_tasks(built: ToyRepository) -> None:
     status, out, _err = built.run("cache:list")
     assert status == 0
