@@ -49,6 +49,9 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
     mtime: int
 
 
+RESTORED = msgspec.json.Decoder(dict[str, Restored])  # before there are threads, as `store.ACTION`
+
+
 def refusal(recipe: Recipe, task: str) -> UserError | None:
     """Why a recipe cannot have the results of a public task; None where it can."""
     if task != "build_initrd" or not layers.split(recipe):
@@ -132,8 +135,7 @@ class Outcome:
 
     def _state(self) -> dict[str, Restored]:
         try:
-            return msgspec.json.decode((self.directory / STATE).read_bytes(),
-                                       type=dict[str, Restored])
+            return RESTORED.decode((self.directory / STATE).read_bytes())
         except (OSError, msgspec.DecodeError):
             return {}
 

@@ -67,6 +67,11 @@ class Action(msgspec.Struct, frozen=True, kw_only=True):
     record: dict[str, Any]
 
 
+# Made here, before there are threads: what msgspec 0.22 learns of a struct when it first decodes it
+# is seen half-made by a second thread, which crashes.
+ACTION = msgspec.json.Decoder(Action)
+
+
 def default_root() -> Path:
     """`KATAGPU_STORE`, else katagpu under the user's XDG cache directory."""
     given = os.environ.get("KATAGPU_STORE")
@@ -188,7 +193,7 @@ class Store:
     def action(self, digest: str) -> Action | None:
         """The action, if it is known and all its blobs are there."""
         try:
-            action = msgspec.json.decode(self._action_path(digest).read_bytes(), type=Action)
+            action = ACTION.decode(self._action_path(digest).read_bytes())
         except (OSError, msgspec.DecodeError):
             return None
         if not all(self.has(output.blob, output.size) for output in action.outputs.values()):
@@ -212,7 +217,7 @@ class Store:
                 used[path] = path.stat().st_mtime
         for path in sorted(used, key=lambda path: used[path], reverse=True):
             with contextlib.suppress(OSError, msgspec.DecodeError):
-                yield path.stem, used[path], msgspec.json.decode(path.read_bytes(), type=Action)
+                yield path.stem, used[path], ACTION.decode(path.read_bytes())
 
     def forget(self, digest: str) -> None:
         """Drop an action record."""
