@@ -1,16 +1,17 @@
 """The tasks. `doit list` shows them; parameters are `recipe=NAME driver=VERSION`."""
 
-from katagpu import locktasks, releasetasks, tasks
+from katagpu import locktasks, releasetasks, tasks, testtasks
 
 DOIT_CONFIG = tasks.config()
 task_stages = tasks.stage_tasks
 task_setup = tasks.setup
+task_host = tasks.host
 task_lock = locktasks.lock
 task_fetch = locktasks.fetch
 task_why = tasks.why
 task_diff = tasks.diff
 task_cache = tasks.cache
-task_test = tasks.test
+task_test = testtasks.test
 task_boot_check = tasks.boot_check
 task_boot_shell = tasks.boot_shell
 task_bench = tasks.bench

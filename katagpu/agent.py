@@ -29,12 +29,6 @@ SERVICE = "usr/bin/kata-agent"
 INITS = ("usr/sbin/init", "sbin/init")
 NAME = b"kata-agent"
 
-# Where kata-deploy and distributions put the guest image.
-INSTALLED = tuple(
-    Path(prefix) / "share/kata-containers" / name
-    for prefix in ("/opt/kata", "/usr", "/usr/local")
-    for name in ("kata-containers.img", "kata-containers-initrd.img"))
-
 # VERSION_COMMIT of the agent's build, `<version>-<git commit>`. Rust's strings have no end marker
 # and the one before may end in digits; Kata's major version has one.
 VERSION = re.compile(rb"(\d\.\d+\.\d+(?:-(?:alpha|beta|rc)\.?\d+)?-[0-9a-f]{40}(?:-dirty)?)")
@@ -80,11 +74,6 @@ def host_tool(argv: Sequence[str], *, source: Path, scratch: Path) -> bytes:
     """The `Tool` of a host that has the programs itself."""
     del source, scratch
     return run(argv, capture=True).stdout
-
-
-def installed() -> Path | None:
-    """The guest image of the host's Kata Containers, if there is one."""
-    return next((path for path in INSTALLED if path.is_file()), None)
 
 
 def provide(source: Path, target: Path, *, scratch: Path, tool: Tool = host_tool) -> Agent:

@@ -49,12 +49,15 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
     mtime: int
 
 
+RESTORED = msgspec.json.Decoder(dict[str, Restored])  # before there are threads, as `store.ACTION`
+
+
 def refusal(recipe: Recipe, task: str) -> UserError | None:
     """Why a recipe cannot have the results of a public task; None where it can."""
     if task != "build_initrd" or not layers.split(recipe):
         return None
     return UserError(
-        "build_initrd: with `image: {model: extension}` the driver is on a disk of its own: an "
+        "with `image: {model: extension}` the driver is on a disk of its own: an "
         "initrd of the base would have none, and no Kata configuration fits it",
         hint="./doitw build_image, or `image: {model: single}` in the recipe")
 
@@ -132,8 +135,7 @@ class Outcome:
 
     def _state(self) -> dict[str, Restored]:
         try:
-            return msgspec.json.decode((self.directory / STATE).read_bytes(),
-                                       type=dict[str, Restored])
+            return RESTORED.decode((self.directory / STATE).read_bytes())
         except (OSError, msgspec.DecodeError):
             return {}
 

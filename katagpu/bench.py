@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from katagpu import artifacts, log, recipe, sandbox, vary
+from katagpu import artifacts, log, parameters, sandbox, vary
 from katagpu.errors import StepError
+from katagpu.receipt import DEFAULT as TASK
 from katagpu.sandbox import Bind
-from katagpu.schema import KernelModule
+from katagpu.schema import Driver, KernelModule, Recipe
 from katagpu.stages import kbuild
 from katagpu.stages.api import Build, jobs
 from katagpu.store import writing
@@ -25,7 +26,6 @@ from katagpu.store import writing
 if TYPE_CHECKING:
     from katagpu.context import Context
 
-TASK = "build_image"
 TRIVIAL = """DOIT_CONFIG = {"default_tasks": ["nothing"]}
 
 
@@ -166,7 +166,7 @@ def main(context: Context) -> None:
     assert image is not None, "build_image ran before"
     sizes = json.loads(context.store.blob(image.outputs["sizes"].blob).read_bytes())
     print_lines(size_lines(image.outputs["image"].size, sizes))
-    if context.values.get("all", "0") != "0":
+    if parameters.flag(context.values, "all"):
         _changes(context)
         _kernel(context)
 
@@ -245,13 +245,27 @@ def _changes(context: Context) -> None:
         wall = timed(lambda: _call([*build, TASK], root))
         print_lines([change_line("a file of rootfs/ changed", wall, _record(place),
                                  ["rootfs", "image"])])
-        path.write_text(path.read_text().replace(f"kernel_module: {was}", f"kernel_module: {now}"))
-        assert recipe.load(path.stem, root).driver.kernel_module is now
+        if "driver_modules" not in context.plan.stages:
+            return
+        path.write_text(other_module(context.plain, context.recipe.driver.version, now))
         resolving = timed(lambda: _call([*build, "build_kernel"], root))  # a hit, but for the lock
         wall = timed(lambda: _call([*build, TASK], root))
         print_lines([change_line(f"kernel_module {was} → {now}", wall, _record(place),
                                  ["driver_modules", "image"]),
                      f"  before that, resolving the driver's packages took {resolving:.1f} s"])
+
+
+def other_module(plain: Recipe, version: str | None, now: KernelModule) -> str:
+    """A recipe's text (JSON is YAML) in which the driver of this version has another module."""
+    from msgspec import json, structs
+
+    def changed(driver: Driver) -> Driver:
+        return structs.replace(driver, kernel_module=now) if driver is chosen else driver
+
+    sections = (plain.driver, *plain.other_drivers)
+    chosen = next((driver for driver in sections if driver.version == version), plain.driver)
+    first, *others = map(changed, sections)
+    return json.encode(structs.replace(plain, driver=first, other_drivers=tuple(others))).decode()
 
 
 def _record(place: Path) -> Mapping[str, Any]:

@@ -23,7 +23,6 @@ DOCS = "/usr/share/doc"
 RUN_LICENCE = f"{DOCS}/NVIDIA_GLX-1.0/LICENSE"  # where a `.run` file's manifest has it
 DRIVER = ("NVIDIA user space", "NVIDIA kernel modules", "GSP firmware")
 PROGRAMS = ("bin/", "usr/bin/", "usr/sbin/", "usr/libexec/", "usr/lib/nvidia/")
-SOURCE = ("Source", "Maintainer", "Homepage", "Section")
 
 
 def survey(root: Path, disk: str | None) -> dict[str, Any]:

@@ -8,7 +8,18 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from katagpu import artifacts, embed, guest, lock, lockparts, log, receipt, recipe, request
+from katagpu import (
+    artifacts,
+    embed,
+    guest,
+    lock,
+    lockparts,
+    log,
+    parameters,
+    receipt,
+    recipe,
+    request,
+)
 from katagpu.artifacts import Artifact, Outcome
 from katagpu.booting import Booting
 from katagpu.committed import Committed
@@ -21,25 +32,18 @@ from katagpu.stages.api import Stage
 from katagpu.store import Store, default_root, writing
 
 DEFAULT = "debian-trixie"
-PARAMETERS = ("recipe", "driver", "all", "json", "ccache",
-              "update", "draft",  # lock
-              "version", "key", "signer", "unsigned", "no_agent",  # release
-              "to", "licensed", "from", "prefix", "unverified",  # publish, install
-              "place", "diffoscope")  # reproduce
 
 
 class Context:
     """What the tasks share. Nothing is loaded before it is asked for.
 
     `values` are the parameters of the command line (`recipe=NAME`), `environment` the process's.
+    Raises `UserError` where they are none.
     """
 
     def __init__(self, root: Path, values: Mapping[str, str],
                  environment: Mapping[str, str] = os.environ) -> None:
-        unknown = sorted(set(values) - set(PARAMETERS))
-        if unknown:
-            raise UserError(f"unknown parameter {unknown[0]}=; known: "
-                            f"{', '.join(f'{name}=' for name in PARAMETERS)}")
+        parameters.check(values)
         # Before anything is read, so that what changes meanwhile does not look like what was read.
         self._marks = receipt.look(receipt.inputs(root))
         self.root = root
@@ -53,12 +57,16 @@ class Context:
         """The recipe of this run with its overrides."""
         return recipe.load(self.values.get("recipe", DEFAULT), self.root,
                            cache=self.store.root / "recipes", driver=self.values.get("driver"),
-                           extra_packages=self.environment.get("EXTRA_PKGS", "").split())
+                           extra_packages=self._extra)
+
+    @property
+    def _extra(self) -> list[str]:
+        return self.environment.get("EXTRA_PKGS", "").split()
 
     @functools.cached_property
     def plain(self) -> Recipe:
         """The recipe as it is in its file, which is what a committed lock answers."""
-        if "driver" not in self.values and not self.environment.get("EXTRA_PKGS"):
+        if "driver" not in self.values and not self._extra:
             return self.recipe
         return recipe.load(self.values.get("recipe", DEFAULT), self.root,
                            cache=self.store.root / "recipes")
@@ -77,8 +85,7 @@ class Context:
     def locks(self) -> Locks:
         """Where the lock of this run is: under out/, never a silent edit of a committed one."""
         return Locks(self.recipe, self.root, self.directory,
-                     self.environment.get("EXTRA_PKGS", "").split(),
-                     Committed(self.plain, self.root))
+                     self._extra, Committed(self.plain, self.root))
 
     @functools.cached_property
     def _locked(self) -> lock.Lock | None:
@@ -146,7 +153,7 @@ class Context:
             for path in stage.files.values():
                 self._marks.setdefault(str(path), receipt.mark(path))
         return Plan(stages, self.store, self.directory / "logs",
-                    ccache=self.values.get("ccache", "1") != "0",
+                    ccache=parameters.flag(self.values, "ccache", default=True),
                     address=functools.partial(self.address, found or self.locked()))
 
     @functools.cached_property
@@ -333,7 +340,7 @@ class Context:
                     "runtime of its own; kernel and base are the same.")
         if self.recipe.agent is None:
             log.warn("no kata-agent in this image: it boots, but Kata cannot use it until the "
-                     "recipe's `agent:` names one (README, third step)")
+                     "recipe's `agent:` names one (README, \"A guest for production\")")
         if self.embedding is not None:
             log.warn("the client token is in this image: whoever can read it can take licences; "
                      "only you may read it here, and it must not be published")

@@ -7,11 +7,13 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from katagpu.errors import KatagpuError, UserError
 
+NO_PLACE = (errno.ENOENT, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
+"""What making a directory ends with where there can be none. ENOENT: below /proc."""
 FULL = 16 << 20  # bytes free below which a failed step is put down to the disk
 
 
@@ -30,6 +32,23 @@ def writing(root: Path) -> Iterator[None]:
             raise UserError(f"cannot write to {refusal.filename or root}: {refusal.strerror}",
                             hint="set KATAGPU_STORE to a directory that you may write") from None
         raise
+
+
+def make_directories(root: Path, names: Iterable[str]) -> None:
+    """Make directories below `root`, and that too. Raises `UserError` where there can be none."""
+    with writing(root):
+        try:
+            for name in names:
+                (root / name).mkdir(parents=True, exist_ok=True)
+        except OSError as refusal:
+            if refusal.errno not in NO_PLACE:
+                raise
+            loose = next((path for path in (root, *root.parents)
+                          if path.is_symlink() and not path.exists()), None) \
+                if refusal.errno == errno.EEXIST else None
+            why = f"{loose} is a link to what is not there" if loose else refusal.strerror
+            raise UserError(f"there can be no store at {root}: {why}",
+                            hint="set KATAGPU_STORE to a directory that you may write") from None
 
 
 def full_disk(root: Path, failure: KatagpuError) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from katagpu import filelist, kconfig
+from katagpu import filelist, kconfig, parameters
 from katagpu.errors import UserError
 from katagpu.filelist import Entry
 from katagpu.keys import file_digest
@@ -158,11 +158,14 @@ def _files(path: Path) -> dict[str, Entry]:
 
 
 def find(word: str, root: Path, recipe: str) -> tuple[Path, str]:
-    """The build that a word means, and its name: a path, or one below out/ or out/<recipe>/.
+    """The build that a word means, and its name: one below out/ or out/<recipe>/, or a path.
 
-    Raises `UserError`, which lists the builds that are there.
+    Paths start where the command was typed, or at `root`. Raises `UserError`, which lists the
+    builds that are there.
     """
-    for place in (root / word, root / "out" / word, root / "out" / recipe / word):
+    typed = parameters.path(word)
+    ours = (root / word, root / "out" / word, root / "out" / recipe / word)
+    for place in (typed, *ours) if word.startswith((".", "~")) else (*ours, typed):
         if place.exists():
             known, top = place.resolve(), (root / "out").resolve()
             return place, str(known.relative_to(top) if top in known.parents else word)
@@ -170,7 +173,7 @@ def find(word: str, root: Path, recipe: str) -> tuple[Path, str]:
     if not there:
         raise UserError(f"there is no build {word!r}, and none below out/",
                         hint="./doitw build_image makes one")
-    raise UserError(f"there is no build {word!r}; paths start at {root}",
+    raise UserError(f"there is no build {word!r}; paths start at {parameters.caller()}",
                     hint=f"below out/ are: {', '.join(there)}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from katagpu import log
+from katagpu import log, parameters
 from katagpu.errors import UserError
 from katagpu.tasks import Task, plain
 
@@ -18,7 +18,7 @@ def lock() -> Task:
         first = guests.contexts[0]
         update = update or first.values.get("update", "")
         committed = first.locks.committed
-        draft = first.values.get("draft", "0") != "0"
+        draft = parameters.flag(first.values, "draft")
         if draft and committed.path.exists():
             raise UserError(f"draft=1 resolves under out/, and {committed} is what builds take",
                             hint=f"`./doitw recipe={first.plain.name} lock` makes that anew; or "
@@ -33,9 +33,8 @@ def lock() -> Task:
 
     return plain(resolve, "resolve into recipes/NAME.lock (--update PART; draft=1: under out/)",
                  task_dep=["_host"], params=[{
-                     "name": "update", "long": "update", "default": "", "help": (
-                         "move these parts only (driver, kernel, base, toolkit, tools, agent …, "
-                         "with commas)")}])
+                     "name": "update", "long": "update", "default": "", "metavar": "PART",
+                     "help": "the same as update=PART"}])
 
 
 def _resolve() -> None:

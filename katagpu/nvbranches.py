@@ -19,7 +19,6 @@ DEBIAN = "Debian, nvidia-graphics-drivers (changelog of {})"
 NVIDIA = "https://github.com/NVIDIA/open-gpu-kernel-modules/{}"
 TKG = "https://github.com/Frogging-Family/nvidia-all ({})"
 PATCH_LIST = TKG.format("patches.list")
-README = "NVIDIA, README of 550.163.01, chapter 44"
 
 OPEN_SINCE = 515
 RESIZE = ("6.12.97", "6.18.40")  # pci_resize_resource() has a fourth argument there, as in 6.19

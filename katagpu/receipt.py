@@ -18,6 +18,8 @@ Mark = list[int] | None
 
 INPUTS = ("dodo.py", "katagpu", "recipes", "kernel-configs", "patches", "rootfs", "hooks", "keys")
 FORMAT = 1
+DEFAULT = "build_image"
+"""The task of a command line that names none."""
 
 
 def mark(path: str | Path) -> Mark:

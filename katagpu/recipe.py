@@ -81,11 +81,14 @@ def load(
     except FileNotFoundError:
         content = None
     except OSError as failure:
-        raise UserError(f"cannot read {path}: {failure.strerror}") from None
+        raise UserError(f"cannot read {path}: {failure.strerror}",
+                        hint="a recipe is a file that you may read") from None
     if content is None:
-        from katagpu.yamlfile import nearest
+        from difflib import get_close_matches
+        close = get_close_matches(name, known(root), n=1)
         raise UserError(f"there is no recipe {name!r}; known: {', '.join(known(root)) or 'none'}",
-                        hint=nearest(name, known(root)))
+                        hint=f"did you mean {close[0]!r}?" if close else (
+                            f"a recipe is a file NAME.yaml in {root / 'recipes'}"))
     recipe = _with_versions(_with_packages(_parsed(path, content, cache), extra_packages))
     for steps, what, hint in problems(recipe, name, root):
         from katagpu.yamlfile import YamlFile
@@ -105,7 +108,9 @@ def _parsed(path: Path, content: bytes, cache: Path | None) -> Recipe:
     try:
         text = content.decode()
     except UnicodeDecodeError as bad:
-        raise UserError(f"{path}: not UTF-8 (byte {bad.start})") from None
+        line = content.count(b"\n", 0, bad.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 (byte {bad.start})",
+                        hint="save it as UTF-8") from None
     recipe = YamlFile(path, text).convert(Recipe, EXPLANATIONS)
     if cached is not None:
         # Only time is lost where the cache cannot be written; who needs the store says so itself.

@@ -79,7 +79,8 @@ def _default(field: Any) -> str:
 
 def _meaning(kind: Any) -> str:
     metas = getattr(kind, "__metadata__", ())
-    text = next((meta.description for meta in metas if meta.description), None) or "see below"
+    # The field's own comes last, after that of a type which has one (`words.DeviceId`).
+    text = next((meta.description for meta in reversed(metas) if meta.description), "see below")
     choices = [f"`{item.value}`" for arm in _arms(kind)
                if isinstance(arm, type) and issubclass(arm, Enum) for item in arm]
     named = all(choice in text for choice in choices)

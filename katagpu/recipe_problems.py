@@ -8,7 +8,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from katagpu import schema
+from katagpu import chips, schema
 from katagpu.schema import (
     Capability,
     Compression,
@@ -62,6 +62,15 @@ def problems(recipe: Recipe, name: str, root: Path) -> Iterator[Problem]:
     yield from _image(recipe)
     yield from _beside_driver(recipe, root)
     yield from _sign(recipe, root)
+    yield from _boot_check(recipe)
+
+
+def _boot_check(recipe: Recipe) -> Iterator[Problem]:
+    check = recipe.boot_check
+    if int(check.device, 16) not in chips.KNOWN and None in (check.boot0, check.boot42):
+        known = ", ".join(f"{device:04x}" for device in chips.KNOWN)
+        yield (("boot_check", "device"), f"which chip {check.device} has is not known",
+               f"give its `boot0` and `boot42`, or one of {known}")
 
 
 def _sign(recipe: Recipe, root: Path) -> Iterator[Problem]:

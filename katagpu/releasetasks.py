@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from katagpu import log, tasks
+from katagpu import log, parameters, tasks
 from katagpu.errors import StepError, UserError
 from katagpu.tasks import ROOT, Task
 
@@ -43,7 +43,7 @@ def release() -> Task:
         values = context.values
         version = layout.version(_needed(context, "version", "X.Y.Z"))
         commit = preflight.check(ROOT, context.recipe, values, context.environment)
-        signer = signing.choose(values, ROOT)
+        signer = signing.choose(values, parameters.caller())
         log.say(f"> {context.recipe.name} has to pass its boot check")
         tasks.call(["python", "-m", "katagpu", f"recipe={context.recipe.name}", "ccache=0",
                     "boot_check"], "there is no release of a guest that fails")
@@ -67,7 +67,7 @@ def order(context: Context, version: str, commit: str, signer: Signer | None) ->
 
     recipe, lock = context.recipe, context.locked()
     embed.refuse(context.directory)
-    if lock is None or context.booting.checked() is None or not context.complete("build_image"):
+    if lock is None or context.booting.checked() is None or not context.complete(tasks.DEFAULT):
         raise StepError("the build changed while it was released", hint="run it again")
     preflight.signed(context.plan, context.root, recipe)
     return assemble.Order(
@@ -111,17 +111,16 @@ def pieces(context: Context) -> Iterator[Piece]:
 def reproduce() -> Task:
     """Build twice, and compare."""
 
-    def compare() -> None:
+    def compare(context: Context) -> None:
         from katagpu import reproduce
 
-        context = _context()
         stages = [name for task in reproduce.TASKS for name in tasks.STAGES[task]
                   if name in context.plan.stages]
         result = reproduce.reproduce(context, list(dict.fromkeys(stages)))
         log.say(f"every output is the same in both builds: {os.path.relpath(result)}")
 
-    return tasks.plain(compare, "build twice with everything varied, and compare every output",
-                       task_dep=["_lock"])
+    return tasks.of_one("reproduce", compare,
+                        "build twice with everything varied, and compare every output", "_lock")
 
 
 def publish() -> Task:
@@ -139,8 +138,8 @@ def publish() -> Task:
             raise UserError(f"there is no release of {recipe} in {os.path.relpath(_top())}",
                             hint="./doitw release version=X.Y.Z")
         version = layout.version(context.values.get("version") or versions[-1])
-        publishing.publish(_top() / f"{recipe}-{version}", to,
-                           licensed=context.values.get("licensed", "0") != "0")
+        publishing.publish(_top() / f"{recipe}-{version}", parameters.place(to),
+                           licensed=parameters.flag(context.values, "licensed"))
 
     return tasks.plain(push, "publish a release: to=oci://REGISTRY/REPOSITORY:TAG, or to=DIRECTORY")
 
@@ -159,10 +158,14 @@ def install() -> Task:
                 sys.stdout.write(line + "\n")
         else:
             key = context.values.get("key")
+            unverified = parameters.flag(context.values, "unverified")
+            if key and unverified:
+                raise UserError("key= and unverified=1 are given, and only one can be meant",
+                                hint="key= alone verifies the release by that key")
             installing.install(
-                _needed(context, "from", "a release's directory, or oci://REGISTRY/REPOSITORY:TAG"),
-                host, key=Path(key) if key else None,
-                unverified=context.values.get("unverified", "0") != "0")
+                parameters.place(_needed(
+                    context, "from", "a release's directory, or oci://REGISTRY/REPOSITORY:TAG")),
+                host, key=parameters.path(key) if key else None, unverified=unverified)
 
     return tasks.plain(
         place, "install a release on a host that runs Kata: from=… key=PUBLIC.pem (prefix=/)",
@@ -185,7 +188,7 @@ def uninstall() -> Task:
 def _host() -> Host:
     from katagpu.release.host import Host
 
-    return Host(Path(_context().values.get("prefix", "/")).absolute())
+    return Host(parameters.path(_context().values.get("prefix", "/")))
 
 
 def _needed(context: Context, name: str, what: str) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from katagpu import artifacts, differences, guest, log, sameness, sandbox, vary
+from katagpu import artifacts, differences, guest, log, parameters, sameness, sandbox, vary
 from katagpu.context import Context
 from katagpu.errors import StepError, UserError
 from katagpu.files import clone_or_copy
@@ -53,10 +53,11 @@ def reproduce(context: Context, stages: Sequence[str]) -> Path:
 
     Raises `StepError` where something differs or a build fails. The guest has its lock.
     """
-    program = differences.find(context.values.get("diffoscope"))
+    given = context.values.get("diffoscope")
+    program = differences.find(parameters.program(given) if given else None)
     place = context.root / "out/reproduce" / context.recipe.name
     elsewhere = context.values.get("place")
-    store = Store(Path(elsewhere).absolute()) if elsewhere else context.store
+    store = Store(parameters.path(elsewhere)) if elsewhere else context.store
     store.prepare()
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)

@@ -139,7 +139,7 @@ def tail(path: Path, lines: int = TAIL_LINES) -> str:
 
 
 def _must_exist(program: str, cwd: Path | None, path: str) -> None:
-    """Raises `UserError` when the program, or the directory to run it in, is not there."""
+    """Raises `UserError` when the program is not there, `StepError` when its directory is not."""
     if cwd is not None and not cwd.is_dir():
         raise StepError(f"cannot run {program} in {cwd}: there is no such directory")
     found = (os.access((cwd or Path()) / program, os.X_OK) if "/" in program

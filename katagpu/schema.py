@@ -277,8 +277,8 @@ class Toolkit(Section, frozen=True, kw_only=True):
     debs: Annotated[tuple[str, ...], Meta(description=(
         "packages, paths from the repository's root (source: debs)"))] = ()
     mode: Annotated[ToolkitMode, Meta(description=(
-        "`cdi`: the guest writes a CDI specification; `hook`: the prestart hook of the older "
-        "guide, which needs nvidia-container-cli and so `source: apt` or `debs`"))
+        "`cdi`: the guest writes a CDI specification; `hook`: the prestart hook of Kata's "
+        "NVIDIA guide, which needs nvidia-container-cli and so `source: apt` or `debs`"))
     ] = ToolkitMode.CDI
 
 

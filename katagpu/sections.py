@@ -29,7 +29,7 @@ class BootCheck(Section, frozen=True, kw_only=True):
     """What `./doitw boot_check` boots the guest with (docs/boot.md)."""
 
     device: Annotated[DeviceId, Meta(description=(
-        "PCI device id of the emulated GPU; `20b7`, `20b9` and `2335` are known by themselves"))
+        "PCI device id of the emulated GPU, four hexadecimal digits; known ones: docs/boot.md"))
     ] = "20b7"
     boot0: Annotated[Register | None, Meta(description=(
         "its register PMC_BOOT_0, for another id; `ffffffff`: a GPU that does not answer"))] = None

@@ -173,7 +173,7 @@ class Guests:
                    f"{self._size(task, context) if where else ''}{where}").rstrip()
 
     def _size(self, task: str, context: Context) -> str:
-        action = context.plan.action("image") if task == "build_image" else None
+        action = context.plan.action("image") if task == receipt.DEFAULT else None
         return f"  {log.size(action.outputs['image'].size):>9}" if action is not None else ""
 
     def sign(self, task: str) -> None:

@@ -29,8 +29,8 @@ import msgspec
 from katagpu import log
 from katagpu.errors import CorruptBlob, StepError, UserError
 from katagpu.files import clone_or_copy as clone_or_copy
+from katagpu.files import make_directories, tree_size
 from katagpu.files import sync as sync
-from katagpu.files import tree_size
 from katagpu.files import writing as writing
 from katagpu.keys import file_digest, readable_digest
 
@@ -67,6 +67,11 @@ class Action(msgspec.Struct, frozen=True, kw_only=True):
     record: dict[str, Any]
 
 
+# Made here, before there are threads: what msgspec 0.22 learns of a struct when it first decodes it
+# is seen half-made by a second thread, which crashes.
+ACTION = msgspec.json.Decoder(Action)
+
+
 def default_root() -> Path:
     """`KATAGPU_STORE`, else katagpu under the user's XDG cache directory."""
     given = os.environ.get("KATAGPU_STORE")
@@ -87,9 +92,8 @@ class Store:
         if any(letter.isspace() for letter in str(self.root)):
             raise UserError(f"the store {str(self.root)!r} has a blank in its path, which an apt "
                             "source cannot have", hint="set KATAGPU_STORE to a path without one")
+        make_directories(self.root, DIRECTORIES)
         with writing(self.root):
-            for name in DIRECTORIES:
-                (self.root / name).mkdir(parents=True, exist_ok=True)
             tag = self.root / "CACHEDIR.TAG"
             if not tag.exists():
                 tag.write_text(TAG)
@@ -189,7 +193,7 @@ class Store:
     def action(self, digest: str) -> Action | None:
         """The action, if it is known and all its blobs are there."""
         try:
-            action = msgspec.json.decode(self._action_path(digest).read_bytes(), type=Action)
+            action = ACTION.decode(self._action_path(digest).read_bytes())
         except (OSError, msgspec.DecodeError):
             return None
         if not all(self.has(output.blob, output.size) for output in action.outputs.values()):
@@ -213,7 +217,7 @@ class Store:
                 used[path] = path.stat().st_mtime
         for path in sorted(used, key=lambda path: used[path], reverse=True):
             with contextlib.suppress(OSError, msgspec.DecodeError):
-                yield path.stem, used[path], msgspec.json.decode(path.read_bytes(), type=Action)
+                yield path.stem, used[path], ACTION.decode(path.read_bytes())
 
     def forget(self, digest: str) -> None:
         """Drop an action record."""

@@ -29,7 +29,12 @@ PARTS = {
 def show(context: Context) -> None:
     """Every action, newest use first: stage, size, age. Then what takes the space."""
     most = _limit()
-    for digest, used, action in context.store.actions():
+    try:
+        actions = list(context.store.actions())
+    except OSError as refusal:  # a name that is too long, no right to look into it
+        raise UserError(f"cannot list the store {context.store.root}: {refusal.strerror}",
+                        hint="set KATAGPU_STORE to a directory that you may read") from None
+    for digest, used, action in actions:
         size = sum(output.size for output in action.outputs.values())
         age = log.duration(time.time() - used)
         sys.stdout.write(f"{digest[:12]}  {log.size(size):>9}  {age:>12} ago  {action.stage}\n")
@@ -74,7 +79,8 @@ def collect(context: Context) -> None:
 def _limit() -> int:
     text = os.environ.get("KATAGPU_STORE_SIZE", str(DEFAULT_LIMIT))
     if not text.isdecimal():
-        raise UserError(f"KATAGPU_STORE_SIZE={text} is not a number of bytes")
+        raise UserError(f"KATAGPU_STORE_SIZE={text} is not a number of bytes",
+                        hint=f"digits alone, for example KATAGPU_STORE_SIZE={DEFAULT_LIMIT}")
     return int(text)
 
 

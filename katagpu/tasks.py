@@ -6,7 +6,6 @@ miss content whose times are clamped.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from katagpu import log
+from katagpu import log, parameters
 from katagpu.errors import KatagpuError, Status, StepError, UserError
+from katagpu.receipt import DEFAULT as DEFAULT
 from katagpu.run import die_cleanly_on_signals
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 Task = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT = "build_image"
 
 # Public tasks and the stages that they make.
 STAGES: Mapping[str, tuple[str, ...]] = {
@@ -36,10 +35,6 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "build_initrd": ("initrd", "initrd_config"),
     "build_image": ("image", "kata_config", "manifest"),
 }
-
-
-ON_A_BUILD = ("tests/default", "tests/boot", "tests/host")
-"""Where the tests are that need the default build (`built`), or a QEMU that it names (`qemu`)."""
 
 
 def config() -> dict[str, Any]:
@@ -236,13 +231,21 @@ def boot_check() -> Task:
 def boot_shell() -> Task:
     """Boot what was built, for a person."""
 
-    def show() -> None:
-        if _guests().all:
-            raise UserError("boot_shell boots one guest", hint="boot_shell driver=VERSION")
-        _context().booting.shell()
+    return of_one("boot_shell", lambda context: context.booting.shell(),
+                  "boot the guest as boot_check does, with a shell on this terminal", DEFAULT)
 
-    return plain(show, "boot the guest as boot_check does, with a shell on this terminal",
-                 task_dep=[DEFAULT])
+
+def of_one(name: str, function: Callable[[Context], None], doc: str, *needs: str) -> Task:
+    """A task of one guest. With driver=all it only refuses: nothing is built for that."""
+
+    def refuse() -> None:
+        first = f"recipe={_context().recipe.name} " if "recipe" in _context().values else ""
+        raise UserError("this is done with one guest, and driver=all are several",
+                        hint=f"./doitw {first}driver=VERSION {name}")
+
+    if _guests().all:
+        return plain(refuse, doc)
+    return plain(lambda: function(_context()), doc, task_dep=list(needs))
 
 
 def setup() -> Task:
@@ -250,6 +253,17 @@ def setup() -> Task:
     from katagpu import hostsetup
 
     return plain(hostsetup.setup, "install the few packages that the build host needs")
+
+
+def host() -> Task:
+    """A name in `list` and `help`: the command itself needs no tasks (`__main__`)."""
+
+    def refuse(words: list[str]) -> None:
+        raise UserError("its commands are no tasks, and take no parameters",
+                        hint=f"./doitw host {' '.join(words) or '--help'}")
+
+    return plain(refuse, "what makes a host's GPUs ready for Kata: ./doitw host --help",
+                 pos_arg="words")
 
 
 def why() -> Task:
@@ -260,7 +274,7 @@ def why() -> Task:
         said = set()
         for context in guests.contexts:
             labels = guests.labels(context)
-            for name in names or ["build_image"]:
+            for name in names or [DEFAULT]:
                 for line in context.explain(name, STAGES):
                     stage, colon, state = line.partition(":")
                     line = f"{labels.get(stage, stage)}{colon}{state}"
@@ -280,50 +294,46 @@ def diff() -> Task:
 
         if len(places) != 2:
             there = ", ".join(finished.builds(ROOT)) or "none; ./doitw build_image makes one"
-            raise UserError(f"diff compares two builds, and here are {len(places)}: "
+            raise UserError(f"two builds are compared, and here are {len(places)}: "
                             "./doitw diff A B", hint=f"builds below out/: {there}")
         context = _context()
         builds = [finished.read(*finished.find(place, ROOT, context.recipe.name))
                   for place in places]
         found = compare.compare(*builds)
-        if _is_set(context, "json"):
+        if parameters.flag(context.values, "json"):
             import json
 
             sys.stdout.write(json.dumps(compare.as_json(found), indent=1) + "\n")
             return
-        for line in compare_text.text(found, everything=_is_set(context, "all")):
+        everything = parameters.flag(context.values, "all")
+        for line in compare_text.text(found, everything=everything):
             sys.stdout.write(line + "\n")
 
     return plain(show, "say what differs between two builds: diff A B (all=1: all; json=1)",
                  pos_arg="places")
 
 
-def _is_set(context: Context, name: str) -> bool:
-    return context.values.get(name, "0") != "0"
-
-
 def cache() -> Iterator[Task]:
     """The store's own tasks."""
     from katagpu import storetasks
 
-    yield {"basename": "cache", "name": None, "doc": "care of the store: list, verify, gc"}
     for name, function, doc in storetasks.TASKS:
         yield {**plain(lambda function=function: function(_context()), doc),
-               "name": name}
+               "basename": f"cache:{name}"}
+    yield {"basename": "cache", "actions": None, "task_dep": ["cache:list"],
+           "doc": "the same as cache:list; what changes the store has to be asked for"}
 
 
 def bench() -> Task:
     """Measure."""
 
-    def measure() -> None:
+    def measure(context: Context) -> None:
         from katagpu import bench
 
-        if _guests().all:
-            raise UserError("bench measures one guest", hint="bench driver=VERSION")
-        bench.main(_context())
+        bench.main(context)
 
-    return plain(measure, "measure: no-op, restore, stages, image size (all=1: changes, kernel)",
-                 task_dep=[DEFAULT])
+    return of_one("bench", measure,
+                  "measure: no-op, restore, stages, image size (all=1: changes, kernel)", DEFAULT)
 
 
 def program(*argv: str, doc: str) -> Task:
@@ -334,45 +344,6 @@ def program(*argv: str, doc: str) -> Task:
             call(line.split(), f"{line} found something")
 
     return plain(run, doc)
-
-
-def test() -> Task:
-    """The fast suite, then the default build and its checks; with all=1 everything."""
-
-    def run() -> None:
-        from katagpu import hostsetup
-
-        everything = _is_set(_context(), "all")
-        hostsetup.ensure_tests()
-        log.say("> the test suite" + (", with the long tests" if everything else ""))
-        chosen = "" if everything else " and not slow"
-        call(["pytest", "-q", *_side_by_side(), "-m", f"not built and not qemu{chosen}", "tests"],
-             "the suite failed")
-        call(["python", "-m", "katagpu", "build_image"], "the default build failed")
-        log.say("> the checks of the default guest, in virtual machines too")
-        with _machines() as machines:
-            call(["pytest", "-q", "-m", f"(built or qemu){chosen}", *ON_A_BUILD],
-                 "the default guest's checks failed", **machines)
-
-    return plain(run, "the fast suite, then the default build and its checks (all=1: long ones)")
-
-
-def _side_by_side() -> list[str]:
-    """pytest's words for one process for each processor; the tests of a file stay together."""
-    from katagpu.stages.api import jobs
-
-    return ["-n", str(jobs()), "--dist", "loadfile"] if jobs() > 1 else []
-
-
-@contextlib.contextmanager
-def _machines() -> Iterator[dict[str, str]]:
-    """What tests need for virtual machines, by its variable: a QEMU, and the default kernel."""
-    from katagpu.context import Context
-
-    default = Context(ROOT, {}, environment={})
-    with default.store.lease():
-        yield {"KATAGPU_TEST_QEMU": default.booting.command(),
-               "KATAGPU_TEST_KERNEL": str(next(default.directory.glob("vmlinux-*")))}
 
 
 def call(words: list[str], failed: str, **environment: str) -> None:

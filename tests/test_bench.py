@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from katagpu import bench, recipe
 from katagpu.context import Context
 from katagpu.keys import PACKAGE
+from katagpu.schema import KernelModule
 from tests.test_stages_argv import Recorder, stage
 
 
 def test_a_ratio_is_the_median_of_pairs() -> None:
     assert bench.ratio([(2.0, 1.0), (30.0, 10.0), (1.0, 1.0)]) == 2.0
+
+
+def test_the_other_module_in_any_recipe(repository: Path, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    for name in ("recipes", "keys", "kernel-configs"):
+        if (repository / name).is_dir():
+            shutil.copytree(repository / name, root / name)
+    path = root / "recipes/debian-trixie.yaml"
+    text = path.read_text()
+    section = '  - {source: debian, version: "535.216.01"}'
+    for written in (text, text.replace("  kernel_module: open\n", ""),
+                    f"{text}\nother_drivers:\n{section}\n"):
+        for version in (None, "535.216.01"):
+            path.write_text(written)
+            plain = recipe.load(path.stem, root)
+            was = recipe.load(path.stem, root, driver=version)
+            path.write_text(bench.other_module(plain, was.driver.version, KernelModule.CLOSED))
+            found = recipe.load(path.stem, root, driver=version)
+            assert found.driver.kernel_module is KernelModule.CLOSED
+            assert replace(found.driver, kernel_module=KernelModule.OPEN) == was.driver
 
 
 def test_both_are_timed_in_turns_after_a_round_that_does_not_count() -> None:

@@ -234,7 +234,7 @@ def test_the_lock_of_our_own_qemu(
 def test_a_shell_needs_a_terminal(booting: Make) -> None:
     """That is said before anything is made or booted."""
     made = booting(None)
-    with pytest.raises(UserError, match="boot_shell needs a terminal"):
+    with pytest.raises(UserError, match="have to be a terminal"):
         made.shell()
     assert not made.store.root.exists()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from katagpu import parameters
 from tests import toybuild
 from tests.toyrepo import ToyRepository
 
@@ -68,11 +69,30 @@ def test_list_explains_each_task_in_one_line(toy: ToyRepository) -> None:
     assert not any(name.startswith("_") for name in lines)
 
 
-@pytest.mark.parametrize("argv", [["help"], ["help", "build_image"], ["help", "run"]])
-def test_help(toy: ToyRepository, argv: list[str]) -> None:
-    status, out, _err = toy.run(*argv)
-    assert status == 0
-    assert "doit" in out or "kernel, headers, image" in out
+@pytest.mark.parametrize(("argv", "said"), [
+    (["help"], "./doitw help TASK "), (["-h"], "./doitw help TASK "), (["--help"], "EXTRA_PKGS="),
+    (["help", "run"], "-n NUMBER "), (["list", "-h"], "--private"), (["help", "help"], "[TASK]"),
+    (["help", "build_image"], "everything: kernel, headers, image"),
+    (["recipe=debian-trixie", "build_image", "--help"], "  driver=VERSION "),
+    (["help", "release"], "  signer=\"COMMAND\" "), (["help", "publish"], "  licensed=1 "),
+    (["help", "install"], "  --rollback "), (["help", "lock"], "  --update=PART "),
+    (["help", "reproduce"], "  place=DIRECTORY "), (["help", "diff"], "[parameters] diff A B\n"),
+    (["help", "host"], "usage: ./doitw host"), (["help", "cache:gc"], "./doitw cache:gc\n"),
+])
+def test_help(toy: ToyRepository, argv: list[str], said: str) -> None:
+    status, out, err = toy.run(*argv)
+    assert (status, err) == (0, "")
+    assert said in out and "config:" not in out
+
+
+def test_each_public_task_is_in_the_table_of_parameters(toy: ToyRepository) -> None:
+    assert set(toy.run("list", "--quiet")[1].split()) == set(parameters.TASKS)
+
+
+def test_the_host_s_commands_are_no_tasks(toy: ToyRepository) -> None:
+    status, _out, err = toy.run("recipe=debian-trixie", "host", "check", "--json")
+    assert status == 1
+    assert "hint: ./doitw host check" in err
 
 
 def test_doit_itself_works_without_the_wrapper(toy: ToyRepository) -> None:
@@ -234,7 +254,7 @@ def test_diff(toy: ToyRepository) -> None:
 
 
 @pytest.mark.parametrize(("argv", "said"), [
-    ([], "diff compares two builds, and here are 0"),
+    ([], "error: diff: two builds are compared, and here are 0"),
     (["550.163.01"], "builds below out/: debian-trixie/550.163.01"),
     (["550.163.01"] * 3, "here are 3"),
     (["550.163.01", "535"], "there is no build '535'"),
@@ -327,7 +347,8 @@ def test_an_initrd_of_a_guest_whose_driver_has_a_disk_is_refused(built: ToyRepos
         status, _out, err = built.run(*argv)
         assert status == 1, err
         assert err.count("error: ") == 1 and "Traceback" not in err
-        assert "the driver is on a disk of its own" in err
+        assert ": with `image: {model: extension}` the driver is on a disk of its own" in err
+        assert "build_initrd: build_initrd" not in err
         assert "hint: ./doitw build_image, or `image: {model: single}`" in err
     assert built.made() == []
     assert "build_initrd" in built.run("list")[1]
@@ -338,6 +359,22 @@ def test_an_initrd_of_a_guest_whose_driver_has_a_disk_is_refused(built: ToyRepos
 
 
 # care of the store
+
+
+def test_cache_alone_changes_nothing(built: ToyRepository) -> None:
+    status, out, err = built.run("cache", KATAGPU_STORE_SIZE="0")
+    assert (status, err) == (0, "")
+    listed = built.run("cache:list", KATAGPU_STORE_SIZE="0")[1]
+    assert out.splitlines()[-1] == listed.splitlines()[-1]
+    assert built.run()[0] == 0
+    assert built.made() == []
+
+
+def test_a_store_that_cannot_be_looked_into(toy: ToyRepository) -> None:
+    for task, said in (("cache:list", "cannot list the store"), ("cache:gc", "no store at")):
+        status, _out, err = toy.run(task, KATAGPU_STORE=f"/tmp/{'long' * 100}")
+        assert (status, "Traceback" in err) == (1, False)
+        assert said in err and "File name too long\n  hint: set KATAGPU_STORE" in err
 
 
 def test_cache_tasks(built: ToyRepository) -> None:
@@ -361,7 +398,7 @@ def test_cache_tasks(built: ToyRepository) -> None:
     assert sorted(built.made()) == ALL
     status, _out, err = built.run("cache:gc", KATAGPU_STORE_SIZE="much")
     assert status == 1
-    assert "not a number of bytes" in err
+    assert "not a number of bytes" in err and "KATAGPU_STORE_SIZE=20000000000" in err
 
 
 def test_a_task_without_results_asks_the_store(toy: ToyRepository) -> None:

@@ -78,6 +78,16 @@ def test_it_installs_once_and_passes_arguments_on(root: Path) -> None:
     assert (second.returncode, second.stdout, second.stderr) == (0, "ran\n", "")
 
 
+def test_it_says_where_it_was_called(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doitw(root)
+    (root / "katagpu/__main__.py").write_text(
+        "import os\nprint(os.environ['KATAGPU_CALLER'], os.environ.get('KATAGPU_STORE'))\n")
+    assert doitw(root).stdout == "/ None\n"
+    for given, found in (("/var/store", "/var/store"), ("tmp/store", "//tmp/store")):
+        monkeypatch.setenv("KATAGPU_STORE", given)
+        assert doitw(root).stdout == f"/ {found}\n"
+
+
 def test_new_requirements_are_installed(root: Path) -> None:
     doitw(root)
     (root / "requirements.txt").write_text(wheel(root / "wheels", "2.0"))

@@ -77,6 +77,20 @@ def test_unknown_recipe(root: Path) -> None:
     assert "did you mean 'debian-trixie'?" in str(caught.value)
     with pytest.raises(UserError, match="no recipe"):
         load("../recipes/debian-trixie", root)
+    with pytest.raises(UserError) as caught:
+        load("NOPE", root)
+    assert str(caught.value).count("debian-trixie") == 1
+    assert "NAME.yaml" in str(caught.value.hint)
+
+
+def test_a_recipe_that_cannot_be_read(root: Path) -> None:
+    (root / "recipes/place.yaml").mkdir()
+    (root / "recipes/odd.yaml").write_bytes(b"name: odd\nb: \xff\n")
+    for name, said, cure in (("place", "cannot read .*place.yaml: Is a directory", "a file"),
+                             ("odd", r"odd\.yaml:2: not UTF-8 \(byte 13\)", "save it as UTF-8")):
+        with pytest.raises(UserError, match=said) as caught:
+            load(name, root)
+        assert cure in str(caught.value.hint)
 
 
 RUNFILE = 'driver:\n  source: debian\n  version: "550.163.01"'
@@ -149,7 +163,17 @@ CASES = [
      "distribution.keyring: there is no file", "repository's root"),
     ("id: debian", "id: fedora", "distribution.id: 'fedora' is not valid", "known: debian, ubuntu"),
     ("arch: x86_64", "on: x86_64", "'on' cannot be the name of a field", ""),
+    ("agent: null", 'boot_check: {device: "abcd"}', "boot_check.device: which chip abcd has is not "
+     "known", "`boot0` and `boot42`, or one of 20b7, "),
+    ("agent: null", 'boot_check: {device: "abcd", boot0: "1b2000a1"}',
+     "boot_check.device: which chip abcd has", "20b7"),
 ]
+
+
+def test_a_boot_check_s_device_with_its_registers(root: Path) -> None:
+    change(root, "agent: null",
+           'boot_check: {device: "abcd", boot0: "1b2000a1", boot42: "1b2a1000"}')
+    assert load("debian-trixie", root).boot_check.device == "abcd"
 
 
 def test_another_version_of_a_runfile(root: Path) -> None:

@@ -170,8 +170,18 @@ def test_other_tasks_take_all_too(toy: ToyRepository) -> None:
     status, _out, err = toy.run("driver=all", "build_kernel")
     assert (status, toy.made()) == (0, ["kernel_config", "kernel"])
     assert summary(err)[0] == ["550.163.01", "built", f"{DIRECTORY}/550.163.01/"]
-    status, _out, err = toy.run("driver=all", "bench")
-    assert (status, "bench measures one guest" in err) == (1, True)
+
+
+@pytest.mark.parametrize("task", ["bench", "boot_shell", "reproduce"])
+def test_what_is_done_with_one_guest_builds_none_before_it_refuses(
+    toy: ToyRepository, task: str,
+) -> None:
+    for words in ([], ["recipe=debian-trixie"]):
+        status, _out, err = toy.run("driver=all", *words, task)
+        assert status == 1
+        assert f"error: {task}: this is done with one guest" in err
+        assert f"hint: ./doitw {' '.join([*words, 'driver=VERSION', task])}\n" in err
+    assert toy.made() == []
 
 
 def test_a_listed_section_is_taken_whole(toy: ToyRepository) -> None:

@@ -84,6 +84,19 @@ def test_a_file_in_its_place_is_named(tmp_path: Path) -> None:
         assert "KATAGPU_STORE" in str(refused.value.hint)
 
 
+def test_where_there_can_be_no_store(tmp_path: Path) -> None:
+    for name, target in (("loose", "gone"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(target)
+    for place, said in ((tmp_path / "loose", "loose is a link to what is not there"),
+                        (tmp_path / "loop", "Too many levels of symbolic links"),
+                        (tmp_path / ("long" * 100), "File name too long"),
+                        (Path("/proc/none"), "No such file or directory")):
+        for below in (place, place / "below"):
+            with pytest.raises(UserError, match=f"there can be no store at .*{said}") as refused:
+                Store(below).prepare()
+            assert "KATAGPU_STORE" in str(refused.value.hint)
+
+
 # blobs
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from doit.exceptions import TaskError, TaskFailed
 
-from katagpu import guest, hostsetup, recipe, tasks
+from katagpu import guest, hostsetup, recipe, tasks, testtasks
 from katagpu.errors import CorruptBlob, KatagpuError, StepError, UserError
 from katagpu.lock import Lock
 
@@ -78,7 +78,7 @@ def given(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
         def __init__(self) -> None:
             self.values = values
 
-    monkeypatch.setattr(tasks, "_context", Given)
+    monkeypatch.setattr("katagpu.current.context", Given)
 
 
 BUILD = ["python", "-m", "katagpu", "build_image"]
@@ -90,15 +90,15 @@ def test_the_test_task_is_the_suite_then_the_build_then_its_checks(
     calls: list[list[str]], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given(monkeypatch)
-    monkeypatch.setattr(tasks, "_machines", lambda: contextlib.nullcontext({"QEMU": "qemu -x"}))
+    monkeypatch.setattr(testtasks, "_machines", lambda: contextlib.nullcontext({"QEMU": "qemu -x"}))
     monkeypatch.setenv("KATAGPU_JOBS", "2")
     places = ["tests/default", "tests/boot", "tests/host"]
-    assert action(tasks.test())() is True
+    assert action(testtasks.test())() is True
     assert calls == [[*SUITE, "not built and not qemu and not slow", "tests"], BUILD,
                      [*ON_A_BUILD, "(built or qemu) and not slow", *places]]
     calls.clear()
     given(monkeypatch, all="1")
-    action(tasks.test())()
+    action(testtasks.test())()
     assert calls == [[*SUITE, "not built and not qemu", "tests"], BUILD,
                      [*ON_A_BUILD, "(built or qemu)", *places]]
 
@@ -107,9 +107,9 @@ def test_one_processor_runs_one_test_at_a_time(
     calls: list[list[str]], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given(monkeypatch)
-    monkeypatch.setattr(tasks, "_machines", lambda: contextlib.nullcontext({}))
+    monkeypatch.setattr(testtasks, "_machines", lambda: contextlib.nullcontext({}))
     monkeypatch.setenv("KATAGPU_JOBS", "1")
-    action(tasks.test())()
+    action(testtasks.test())()
     assert calls[0] == ["pytest", "-q", "-m", "not built and not qemu and not slow", "tests"]
 
 

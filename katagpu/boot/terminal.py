@@ -20,7 +20,7 @@ from katagpu.run import scratch
 def must_be_one() -> None:
     """Raises `UserError` where stdin and stdout are no terminal."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise UserError("boot_shell needs a terminal",
+        raise UserError("stdin and stdout have to be a terminal",
                         hint="./doitw boot_check asks the guest without one")
 
 

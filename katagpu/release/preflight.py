@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from katagpu import log, run
+from katagpu import log, parameters, run
 from katagpu.errors import UserError
 from katagpu.plan import Plan
 from katagpu.schema import Recipe
@@ -45,7 +45,7 @@ def check(root: Path, recipe: Recipe, values: Mapping[str, str],
                         "again", hint="./doitw lock, then commit "
                         f"recipes/{recipe.name}.lock")
     _must_be_committed(root)
-    if recipe.agent is None and values.get("no_agent", "0") == "0":
+    if recipe.agent is None and not parameters.flag(values, "no_agent"):
         raise UserError(f"{recipe.name} has no kata-agent: Kata cannot use this guest",
                         hint="name one in the recipe's `agent:`; no_agent=1 releases it without")
     return commit

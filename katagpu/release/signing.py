@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from katagpu import run
+from katagpu import parameters, run
 from katagpu.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,8 +87,12 @@ class CommandSigner:
 
 def choose(values: Mapping[str, str], root: Path) -> Signer | None:
     """The signer of a command line; None where the release shall be unsigned. Raises `UserError`.
+
+    Relative paths start at `root`.
     """
-    chosen = [name for name in ("key", "signer", "unsigned") if values.get(name, "0") != "0"]
+    chosen = [name for name in ("key", "signer") if values.get(name)]
+    if parameters.flag(values, "unsigned"):
+        chosen.append("unsigned")
     if len(chosen) != 1:
         raise UserError("who signs this release? " + (
             "Nothing is said of it" if not chosen else f"{' and '.join(chosen)} are given"),
@@ -97,7 +101,7 @@ def choose(values: Mapping[str, str], root: Path) -> Signer | None:
         return None
     if chosen[0] == "signer":
         return CommandSigner(values["signer"], root)
-    return load(root / values["key"])
+    return load(parameters.path(values["key"], root))
 
 
 def load(path: Path) -> KeySigner:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from katagpu.boot import docs
-from katagpu.boot.gpu import KNOWN
 from katagpu.boot.table import TABLE, name, title
+from katagpu.chips import KNOWN
 
 
 def test_the_table_of_checks_is_that_of_the_code(repository: Path) -> None:

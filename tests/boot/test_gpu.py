@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from katagpu.boot.gpu import (
-    ALL_ONES,
-    KNOWN,
-    Chip,
-    Gpu,
-    RootPort,
-    fallen_off,
-    physical_bits,
-    root_port,
-)
+from katagpu.boot.gpu import Gpu, RootPort, physical_bits, root_port
 from katagpu.boot.pcifunction import GIB, KIB, MIB, Bar, Function
+from katagpu.chips import KNOWN, Chip
 from katagpu.errors import UserError
+from tests.boot.deadgpu import ALL_ONES, fallen_off
 
 
 def boot(gpu: Gpu) -> tuple[int, int]:

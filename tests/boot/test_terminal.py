@@ -95,5 +95,5 @@ def test_a_guest_that_does_not_come_up(tmp_path: Path) -> None:
 
 
 def test_no_terminal() -> None:
-    with pytest.raises(UserError, match="needs a terminal"):
+    with pytest.raises(UserError, match="have to be a terminal"):
         terminal.must_be_one()

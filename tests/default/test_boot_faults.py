@@ -18,7 +18,6 @@ from msgspec.structs import replace
 from katagpu import disk
 from katagpu import guest as stages
 from katagpu.boot import runner, table
-from katagpu.boot.gpu import fallen_off
 from katagpu.boot.report import Report
 from katagpu.check import elf
 from katagpu.context import Context
@@ -28,6 +27,7 @@ from katagpu.schema import ToolkitSource
 from katagpu.stages import boot, image, layers
 from katagpu.stages.api import Build
 from tests import bootguest
+from tests.boot.deadgpu import fallen_off
 from tests.bootguest import failed
 from tests.hookguest import toolkit
 from tests.splitguest import Split

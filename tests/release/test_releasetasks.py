@@ -202,6 +202,8 @@ def test_the_statement_of_a_release(toy: ToyRepository) -> None:
     (["publish", "to=oci://localhost/a:b", "version=1.0.0"], "there is no release"),
     (["install"], "from= is not given"), (["install", "from=out"], "No public key is given"),
     (["install", "from=none", "unverified=1", "prefix=out"], "there is no release"),
+    (["install", "from=none", "unverified=1", "key=a.pem"], "only one can be meant"),
+    (["install", "from=none", "unverified=no"], "unverified=no: this is neither 0 nor 1"),
     (["install", "--rollback", "prefix=out/none"], "nothing is installed")])
 def test_what_is_refused_builds_nothing(
     untouched: ToyRepository, words: list[str], said: str,

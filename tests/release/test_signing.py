@@ -53,10 +53,22 @@ def test_a_command_that_does_not(command: str, said: str, tmp_path: Path) -> Non
         signing.CommandSigner(command, tmp_path).sign(DATA)
 
 
+def test_a_key_by_a_relative_path_and_below_home(
+    keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", str(keys.private.parent))
+    for text, root in ((keys.private.name, keys.private.parent),
+                       (f"~/{keys.private.name}", tmp_path)):
+        signer = signing.choose({"key": text}, root)
+        assert signer is not None and signer.sign(DATA) == keys.signer.sign(DATA)
+
+
 def test_who_signs_is_said_once(keys: Keys, tmp_path: Path) -> None:
     assert signing.choose({"unsigned": "1"}, tmp_path) is None
     with pytest.raises(UserError, match="Nothing is said"):
         signing.choose({"unsigned": "0"}, tmp_path)
+    with pytest.raises(UserError, match="unsigned=no: this is neither 0 nor 1"):
+        signing.choose({"unsigned": "no"}, tmp_path)
     with pytest.raises(UserError, match="key and unsigned are given"):
         signing.choose({"unsigned": "1", "key": str(keys.private)}, tmp_path)
 
