@@ -35,6 +35,7 @@ ROOTLESS: Mapping[str, str] = {"newuidmap": "uidmap"}
 
 TESTS: Mapping[str, str] = {
     "cpio": "cpio",
+    "diffoscope": "diffoscope-minimal",
     "mtree": "mtree-netbsd",
     "newuidmap": "uidmap",  # builds without root rights are tried as root, too
     "sfdisk": "fdisk",

@@ -111,7 +111,8 @@ def test_what_tests_need_is_installed_or_said_to_be_missing(
         (toy.bin / name).unlink(missing_ok=True)
     ensure_tests(toy.host(KATAGPU_NO_INSTALL="1"))
     assert toy.said() == []
-    packages = ["cpio", "cryptsetup-bin", "fdisk", "mtree-netbsd", "shellcheck", "uidmap"]
+    packages = ["cpio", "cryptsetup-bin", "diffoscope-minimal", "fdisk", "mtree-netbsd",
+                "shellcheck", "uidmap"]
     assert f"some tests are skipped: the build host lacks {', '.join(packages)}" in \
         capfd.readouterr().err
     ensure_tests(toy.host())

@@ -127,12 +127,17 @@ def test_the_umask_reaches_no_stage_and_a_stamp_of_the_day_is_told(toy: ToyRepos
     assert "toolkit layer: has the day" not in said
 
 
-def test_without_diffoscope_it_says_how_to_look(toy: ToyRepository) -> None:
+def test_without_diffoscope_it_says_how_to_look(toy: ToyRepository, tmp_path: Path) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for directory in os.environ["PATH"].split(":"):
+        for path in Path(directory).glob("*"):
+            if path.name != "diffoscope" and not (programs / path.name).is_symlink():
+                (programs / path.name).symlink_to(path)
     leak(toy, toolkit="time.time_ns()")
-    _, _, said = toy.run("reproduce")
-    if DIFFOSCOPE is None:
-        assert "diffoscope is not installed" in said
-        assert "diffoscope out/reproduce/debian-trixie/first/toolkit.layer out/" in said
+    _, _, said = toy.run("reproduce", PATH=str(programs))
+    assert "diffoscope is not installed" in said
+    assert "diffoscope out/reproduce/debian-trixie/first/toolkit.layer out/" in said
     status, _, said = toy.run("reproduce", "diffoscope=/nowhere/diffoscope")
     assert status == 1 and "diffoscope=/nowhere/diffoscope: there is no such program" in said
 
