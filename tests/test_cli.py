@@ -314,7 +314,7 @@ def test_signals_end_a_build_which_then_goes_on(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
-    _out, err = process.communicate(timeout=20)
+    _out, err = process.communicate(timeout=60)
     assert process.returncode == status
     assert "run the same command again to go on" in err
     assert "Traceback" not in err

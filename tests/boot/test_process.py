@@ -248,7 +248,7 @@ def test_nothing_is_left_of_it_when_we_are_ended(
             pids = standin.pids(place, 2 if cleanly else 1)
             assert (tmp_path / "gpu").is_socket()
             python.send_signal(number)
-            _out, said = python.communicate(timeout=20)
+            _out, said = python.communicate(timeout=60)
         finally:
             python.kill()
     assert python.returncode == (128 + number if how != "as a library" else -number), said

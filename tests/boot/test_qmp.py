@@ -245,7 +245,7 @@ def test_a_connection_that_is_closed_though_qemu_runs(connected: Connecting) -> 
     monitor, peer = connected(once)
     with pytest.raises(StepError, match=r"^QEMU closed its monitor"):
         monitor.command("quit")
-    assert peer.gone.wait(1)
+    assert peer.gone.wait(5)
 
 
 def test_qemu_that_ends_a_moment_after_its_socket(connected: Connecting) -> None:

@@ -320,7 +320,7 @@ sys.exit(cli.main(["toy", "--yes", "--root", {str(place)!r}]))
     assert child.stdout.readline() == "ready\n"
     assert contents(place)["one"] == "new"
     child.send_signal(signal.SIGTERM)
-    _, said = child.communicate(timeout=20)
+    _, said = child.communicate(timeout=60)
     assert child.returncode == 130
     assert "undone by: echo old > /sys/one" in said
     assert "Traceback" not in said
