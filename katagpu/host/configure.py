@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,7 @@ INSTALLED = "50-katagpu.toml"  # what katagpu-install.pyz places
 OWN = "/etc/kata-containers/katagpu"
 OWN_NAMES = {Shim.GO: "configuration.toml", Shim.RUST: "configuration-runtime-rs.toml"}
 SOURCE = "# made of "
+WORD = re.compile(r'(?:[^\s"]|"[^"]*"?)+')  # as the kernel splits its command line
 # Words of Kata's own guest: its init, its cgroups, its image (KERNELPARAMS_NV and KERNELPARAMS of
 # src/runtime/Makefile, 3.2 to 4.1).
 KATA_S = ("devtmpfs.mount=0", "systemd.unified_cgroup_hierarchy=1", *kataconfig.KERNEL_PARAMS)
@@ -140,7 +142,7 @@ def _words(machine: Machine, target: Target) -> tuple[str, ...]:
     except UserError:  # who reads it for its own sake says so
         return ()
     text = str(found.table(kataconfig.HYPERVISOR).get("kernel_params", ""))
-    return tuple(word for word in text.split()
+    return tuple(word for word in WORD.findall(text)
                  if word not in KATA_S and not word.startswith(KATA_S_IMAGE))
 
 
@@ -307,7 +309,11 @@ def _written(machine: Machine, given: argparse.Namespace) -> list[str]:
     chosen = given.shim or given.handler or given.config
     with contextlib.suppress(UserError):  # Kata may be gone by now
         for target in _targets(machine, given, given.kata_version or str(NEWEST)):
-            found += [_place(machine, target)[0], f"{target.drop_ins}/{DROP_IN}"]
+            own = f"{OWN}/{OWN_NAMES[target.shim]}"
+            found += [f"{target.drop_ins}/{DROP_IN}",
+                      *([own] if f"{SOURCE}{target.config} " in (machine.text(own) or "") else [])]
+    if given.shim and not (given.handler or given.config):  # Kata may be gone by now
+        found.append(f"{OWN}/{OWN_NAMES[Shim(given.shim)]}")
     if not chosen:
         found += [f"{OWN}/{name}" for name in OWN_NAMES.values()]
         found += [f"{place}/config.d/{DROP_IN}" for place in katafiles.directories(machine)]

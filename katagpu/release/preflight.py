@@ -86,15 +86,15 @@ def _is_no_input(name: str) -> bool:
 def repository(root: Path) -> str:
     """The URI of the repository: its remote `origin` where that has a public form, else a tag.
 
-    Over SSH it is the same repository, and a release of it has the same bytes. Who may read it is
-    left out.
+    Over SSH, and with `.git` at its end, it is the same repository, and a release of it has the
+    same bytes. Who may read it is left out.
     """
     address = _git(root, "config", "--default", "", "--get", "remote.origin.url").strip()
     found = _REMOTE.fullmatch(address)
     if found is None or "." not in found["host"]:
         return NOWHERE
     port = found["port"] or "" if found["scheme"] in ("https", "http") else ""
-    return f"git+https://{found['host']}{port}/{found['path'].strip('/')}"
+    return f"git+https://{found['host']}{port}/{found['path'].strip('/').removesuffix('.git')}"
 
 
 def signed(plan: Plan, root: Path, recipe: Recipe) -> None:

@@ -180,6 +180,29 @@ def test_remove_finds_what_was_written_for_any_runtime(host: Make) -> None:
     assert here.tree.snapshot() == before
 
 
+@pytest.mark.parametrize("words", [
+    ["--shim", "go"], ["--handler", "qemu"], []])
+def test_remove_of_a_whole_configuration(host: Make, words: list[str]) -> None:
+    """Of a Kata that reads no drop-ins; with another runtime's name it stays."""
+    here = host(hosttree.a100)
+    katatree.kata(here.tree, "2.4.3")
+    katatree.guest(here.tree, rootfs_type="ext4")
+    path = f"{configure.OWN}/configuration.toml"
+    assert here("configure", "--yes").status == 0
+    assert katatree.read(here.tree, path).startswith(configure.MARK)
+    assert "nothing of this command" in here(
+        "configure", "--remove", "--yes", "--config", "/etc/hostname").out
+    assert here("configure", "--remove", "--yes", *words).out == f"removed: {path}\n"
+
+
+def test_remove_where_kata_is_gone(host: Make) -> None:
+    here = host(hosttree.a100)
+    path = f"{configure.OWN}/configuration-runtime-rs.toml"
+    here.tree.file(path, f"{configure.MARK}\n")
+    said = here("configure", "--remove", "--yes", "--shim", "runtime-rs")
+    assert said.out == f"removed: {path}\n", said.err
+
+
 def test_a_dry_run_writes_nothing(here: Host) -> None:
     before = here.tree.snapshot()
     said = here("configure", "--dry-run")
@@ -222,6 +245,19 @@ def test_kernel_parameters_of_the_host_are_not_lost(host: Make, placed: bool) ->
     here.tree.file(OURS, katatree.read(here.tree, OURS).replace(PROXY, "quiet"))
     (lost,) = here("configure", "--check", "--json").data["differences"]
     assert lost["key"] == "kernel_params"
+
+
+def test_a_quoted_kernel_parameter_is_one_word(host: Make) -> None:
+    """As the kernel has it: a device mapper's table of Kata's image is dropped whole."""
+    here = host(hosttree.a100)
+    katatree.kata(here.tree)
+    katatree.guest(here.tree)
+    here.tree.file(f"{katatree.DROP_INS}/30-kernel-params.toml", (
+        "[hypervisor.qemu]\nkernel_params = 'dm-mod.create=\"a,,,ro,0 8 verity 1 /dev/vda1\" "
+        "name=\"two words\" quiet'\n"))
+    assert here("configure", "--yes").status == 0
+    assert qemu(here, OURS)["kernel_params"].startswith('name="two words" quiet ')
+    assert here("configure", "--check").status == 0
 
 
 def test_kernel_parameters_of_a_previous_guest_are_dropped(host: Make) -> None:

@@ -152,10 +152,10 @@ def test_the_clone_of_another_user(root: Path, with_agent: Recipe) -> None:
 
 
 @pytest.mark.parametrize(("address", "uri"), [
-    ("https://git.example/group/guests.git", "git+https://git.example/group/guests.git"),
+    ("https://git.example/group/guests.git", "git+https://git.example/group/guests"),
     ("https://user:word@git.example:8443/guests/", "git+https://git.example:8443/guests"),
-    ("git@git.example:group/guests.git", "git+https://git.example/group/guests.git"),
-    ("ssh://git@git.example:2222/group/guests.git", "git+https://git.example/group/guests.git"),
+    ("git@git.example:group/guests.git", "git+https://git.example/group/guests"),
+    ("ssh://git@git.example:2222/group/guests.git", "git+https://git.example/group/guests"),
     ("/srv/guests.git", preflight.NOWHERE), ("file:///srv/guests.git", preflight.NOWHERE),
     ("../guests", preflight.NOWHERE), ("box:guests", preflight.NOWHERE), ("", preflight.NOWHERE),
     ("https://git.example/guests?token=word", preflight.NOWHERE)])
