@@ -181,7 +181,7 @@ def test_the_statement_of_a_release(toy: ToyRepository) -> None:
     definition = made["predicate"]["buildDefinition"]
     dependencies = definition["resolvedDependencies"]
     assert [each for each in dependencies if each.get("name") == "repository"] == [
-        {"name": "repository", "uri": "git+https://git.example/guests.git",
+        {"name": "repository", "uri": "git+https://git.example/guests",
          "digest": {"gitCommit": git(toy.root, "rev-parse", "HEAD").strip()}}]
     for uri in (made["_type"], made["predicateType"], definition["buildType"],
                 made["predicate"]["runDetails"]["builder"]["id"],
