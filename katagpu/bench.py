@@ -246,6 +246,7 @@ def _changes(context: Context) -> None:
         print_lines([change_line("a file of rootfs/ changed", wall, _record(place),
                                  ["rootfs", "image"])])
         if "driver_modules" not in context.plan.stages:
+            print_lines(["kernel_module: not measured, no stage of this guest makes the modules"])
             return
         path.write_text(other_module(context.plain, context.recipe.driver.version, now))
         resolving = timed(lambda: _call([*build, "build_kernel"], root))  # a hit, but for the lock

@@ -58,9 +58,9 @@ def run(machine: Machine, given: argparse.Namespace) -> Answer:
 
 def name_of(goal: Goal) -> str:
     """The runtime class: kata-deploy's where it has one for this configuration."""
-    if goal.own or not goal.target.handler:
-        return OWN if goal.target.shim is Shim.GO else f"{OWN}-rs"
-    return goal.target.handler or OWN
+    if goal.target.handler and not goal.own:
+        return goal.target.handler
+    return OWN if goal.target.shim is Shim.GO else f"{OWN}-rs"
 
 
 def program(machine: Machine, shim: Shim) -> str:
